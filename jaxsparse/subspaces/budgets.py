@@ -1,0 +1,105 @@
+"""How many slots each target gets."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.subspaces.targets import ResolvedTarget
+
+__all__ = ["Budget", "Share"]
+
+Share = Literal["even", "proportional"]
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, jax.Array | jax.core.Tracer):
+        raise TypeError(
+            f"{name} sets array shapes and must be a Python number; "
+            f"under optax.inject_hyperparams name it in static_args=({name!r},)"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise InputError(f"{name} must lie in (0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The number of free coordinates, as a share of each target or of the whole model.
+
+    Attributes:
+        density: free coordinates / size of each target matrix; k = max(1, round(density * size)).
+        budget: free coordinates / all parameters of the model (the papers' "Upd. %").
+        share: how a `budget` is spread: "even" gives every matrix the same number (GASDU, section 5),
+            "proportional" gives each in proportion to its size.
+
+    Raises:
+        InputError: neither or both of density and budget are given, or one is outside (0, 1].
+        TypeError: a value is traced or not a number.
+
+    Example:
+        >>> Budget(density=0.5).density
+        0.5
+    """
+
+    density: float | None = None
+    budget: float | None = None
+    share: Share = "even"
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.budget is None):
+            given = "both" if self.density is not None else "neither"
+            raise InputError(
+                f"give exactly one of density (share of each target) and budget (share of the model); {given} is given"
+            )
+        for name in ("density", "budget"):
+            if getattr(self, name) is not None:
+                _check_fraction(name, getattr(self, name))
+        if self.share not in ("even", "proportional"):
+            raise InputError(f"share must be 'even' or 'proportional', got {self.share!r}")
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns k, the number of slots of each matrix of each target.
+
+        Args:
+            targets: the resolved targets; a stacked target counts once for every layer.
+            model_size: N, the number of all parameters of the model.
+
+        Returns:
+            One number per target, at least 1 and at most the matrix's size.
+
+        Raises:
+            InputError: the budget is smaller than one slot a matrix.
+        """
+        for target in targets:
+            if target.density is not None:
+                _check_fraction(f"density of target {target.path}", target.density)
+        return [
+            max(1, round(target.density * target.view.size))
+            if target.density is not None
+            else self._count(target, targets, model_size)
+            for target in targets
+        ]
+
+    def _count(self, target: ResolvedTarget, targets: Sequence[ResolvedTarget], model_size: int) -> int:
+        size = target.view.size
+        if self.density is not None:
+            return max(1, round(self.density * size))
+        assert self.budget is not None
+        # Targets with a density of their own neither take from the budget nor share in it.
+        sharing = [other.view for other in targets if other.density is None]
+        total = self.budget * model_size
+        if self.share == "even":
+            count = math.floor(total / sum(view.stack for view in sharing))
+        else:
+            count = math.floor(total * size / sum(view.stack * view.size for view in sharing))
+        if count < 1:
+            raise InputError(
+                f"budget={self.budget} of {model_size} parameters gives target {target.path} no slot; "
+                "raise it or name fewer targets"
+            )
+        return min(count, size)

@@ -1,0 +1,228 @@
+"""Which weights may move, and how each is read as matrices."""
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Num
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.common.paths import flatten_with_paths
+
+__all__ = ["KNOWN_TARGETS", "MatrixView", "ResolvedTarget", "Target", "Targets", "resolve_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pattern of weights that may move, and which of their axes are inputs, outputs and layers.
+
+    Attributes:
+        pattern: a regular expression that matches the parameter's whole path (`re.fullmatch`).
+        in_axes: the axes that a Flax kernel contracts with its input; None: the first axis that is no layer.
+        out_axes: the axes of the outputs; None: all that are neither layers nor inputs.
+        stack_axes: the axes that count layers of a scanned model; each layer is a matrix of its own.
+        density: free coordinates / matrix size for these weights; None: what the method says.
+
+    Example:
+        >>> Target(r".*/query/kernel", in_axes=(0,), out_axes=(1, 2)).pattern
+        '.*/query/kernel'
+    """
+
+    pattern: str
+    in_axes: tuple[int, ...] | None = None
+    out_axes: tuple[int, ...] | None = None
+    stack_axes: tuple[int, ...] = ()
+    density: float | None = None
+
+
+Targets = str | Target | Sequence[str | Target] | None
+
+# The attention projections of the models that this package, Hugging Face and Flax users write. GASDU,
+# section 5: "on the query, key, value, and output projection matrices of every transformer block".
+KNOWN_TARGETS = (
+    Target(r"(.*/)?layers/self_attn/(q|k|v|o)_proj/kernel", stack_axes=(0,)),
+    Target(r"(.*/)?layers/attn/(c_attn|c_proj)/kernel", stack_axes=(0,)),
+    Target(r"(.*/)?(layers|h|blocks)[/_]\d+/.*(q|k|v|o)_proj/kernel"),
+    Target(r"(.*/)?(layers|h|blocks)[/_]\d+/.*attn/(c_attn|c_proj)/kernel"),
+)
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """Reads a weight of any axis order as a stack of (in, out) matrices, and back.
+
+    Attributes:
+        shape: the weight's own shape.
+        order: the permutation that brings layers first, then inputs, then outputs.
+        stack: number of matrices; 1 for a weight without layer axes.
+        in_size: rows of each matrix, the inputs.
+        out_size: columns of each matrix, the outputs.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    stack: int
+    in_size: int
+    out_size: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries of one matrix."""
+        return self.in_size * self.out_size
+
+    def matrices(self, weight: Num[Array, "..."]) -> Num[Array, "stack in out"]:
+        """Returns the weight as a stack of matrices."""
+        return jnp.transpose(weight, self.order).reshape(self.stack, self.in_size, self.out_size)
+
+    def weight(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "..."]:
+        """Returns a stack of matrices in the weight's own layout; the inverse of `matrices`."""
+        transposed = matrices.reshape([self.shape[axis] for axis in self.order])
+        return jnp.transpose(transposed, [self.order.index(axis) for axis in range(len(self.shape))])
+
+
+@dataclass(frozen=True)
+class ResolvedTarget:
+    """One weight that may move: its place in the flattened tree, its path and its matrices.
+
+    Attributes:
+        position: index among the leaves of the parameter tree.
+        path: the path as a string.
+        view: how the weight is read as matrices.
+        density: the density that its `Target` asks for, or None.
+    """
+
+    position: int
+    path: str
+    view: MatrixView
+    density: float | None
+
+
+def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixView:
+    """Works out the axes of one weight, or says why it is no matrix."""
+    axes = len(shape)
+
+    def normalised(name: str, given: Sequence[int]) -> tuple[int, ...]:
+        if any(not -axes <= axis < axes for axis in given):
+            raise InputError(f"{name}={tuple(given)} of target {target.pattern!r} does not fit {path} of shape {shape}")
+        return tuple(axis % axes for axis in given)
+
+    stack = normalised("stack_axes", target.stack_axes)
+    rest = [axis for axis in range(axes) if axis not in stack]
+    if (target.in_axes is None or target.out_axes is None) and len(rest) < 2:
+        raise InputError(
+            f"target {path} is not a matrix: shape {shape}, layer axes {stack}; a target needs inputs and outputs"
+        )
+    if target.in_axes is None and target.out_axes is None and len(rest) != 2:
+        raise InputError(
+            f"target {path} has shape {shape}: name its axes by "
+            f"js.Target({target.pattern!r}, stack_axes=(0,)) if the first axis counts layers, "
+            "or by in_axes and out_axes"
+        )
+    if target.in_axes is not None:
+        inputs = normalised("in_axes", target.in_axes)
+        outputs = normalised("out_axes", target.out_axes) if target.out_axes is not None else None
+    else:
+        outputs = normalised("out_axes", target.out_axes) if target.out_axes is not None else tuple(rest[1:])
+        inputs = tuple(axis for axis in rest if axis not in outputs)
+    if outputs is None:
+        outputs = tuple(axis for axis in rest if axis not in inputs)
+    order = (*stack, *inputs, *outputs)
+    if sorted(order) != list(range(axes)):
+        raise InputError(
+            f"axes of target {path} (shape {shape}) must be named once each; "
+            f"got layers {stack}, inputs {inputs}, outputs {outputs}"
+        )
+    in_size, out_size = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
+    if in_size * out_size == 0:
+        raise InputError(f"target {path} is empty: shape {shape}")
+    if in_size * out_size >= 2**31:
+        raise InputError(
+            f"target {path}: a matrix of {in_size} x {out_size} entries does not fit int32 indices; "
+            "split it by stack_axes"
+        )
+    return MatrixView(shape, order, math.prod(shape[axis] for axis in stack), in_size, out_size)
+
+
+def _as_targets(targets: str | Target | Sequence[str | Target]) -> list[Target]:
+    """Turns what the user gave into a list of `Target`s whose patterns compile."""
+    given = [targets] if isinstance(targets, str | Target) else list(targets)
+    if not given:
+        raise InputError("targets is empty: give a regular expression or a list of js.Target")
+    resolved = []
+    for item in given:
+        target = Target(item) if isinstance(item, str) else item
+        if not isinstance(target, Target):
+            raise TypeError(f"targets: expected a regular expression or js.Target, got {item!r}")
+        try:
+            re.compile(target.pattern)
+        except re.error as error:
+            raise InputError(f"targets: {target.pattern!r} is no regular expression: {error}") from None
+        resolved.append(target)
+    return resolved
+
+
+def _unmatched(pattern: str, paths: Sequence[str]) -> InputError:
+    plain = re.sub(r"[\\^$()\[\]{}?*+|.]+", "", pattern)
+    near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths[:3])
+    return InputError(
+        f"target {pattern!r} matches no parameter (it must match the whole path); near misses: {', '.join(near)}"
+    )
+
+
+def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
+    """Finds the weights that may move.
+
+    Args:
+        params: any pytree of arrays (or of anything with a shape and dtype); linen, NNX or plain.
+        targets: a regular expression, `Target`s, or a list of either, the first match of a path wins; None:
+            the attention projections of a known model (`KNOWN_TARGETS`).
+
+    Returns:
+        The targets in the tree's flattening order; nothing for a tree without leaves, such as the placeholder
+        of `optax.tree.map_params`.
+
+    Raises:
+        InputError: a pattern matches nothing or is no regular expression; a target is not a matrix of
+            floating-point numbers, or its axes are not named.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"q_proj": {"kernel": jnp.ones((4, 6))}, "norm": {"scale": jnp.ones(4)}}
+        >>> [(t.path, t.view.in_size, t.view.out_size) for t in resolve_targets(params, r".*/kernel")]
+        [('q_proj/kernel', 4, 6)]
+    """
+    pairs, _ = flatten_with_paths(params)
+    if not pairs:
+        return []
+    known = targets is None
+    patterns = list(KNOWN_TARGETS) if targets is None else _as_targets(targets)
+    unmatched = {target.pattern for target in patterns}
+    resolved = []
+    for position, (path, leaf) in enumerate(pairs):
+        target = next((target for target in patterns if re.fullmatch(target.pattern, path)), None)
+        if target is None:
+            continue
+        unmatched.discard(target.pattern)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(f"target {path} has dtype {leaf.dtype}: slots can only move floating-point weights")
+        view = _matrix_view(path, tuple(leaf.shape), target)
+        resolved.append(ResolvedTarget(position, path, view, target.density))
+    paths = [path for path, _ in pairs]
+    if known and not resolved:
+        raise InputError(
+            "targets is not given and this is no known model; name its weights, "
+            f"for example by a regular expression that matches one of {', '.join(paths[:5])}"
+        )
+    if not known and unmatched:
+        raise _unmatched(next(t.pattern for t in patterns if t.pattern in unmatched), paths)
+    return resolved
+
+
+def tree_size(params: Any) -> int:
+    """Returns N, the number of all entries of all arrays of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
