@@ -1,4 +1,4 @@
-"""Shapes and constants of the model families, and their translation from and to Hugging Face's config.json."""
+"""Shapes and constants of the model families, and their spelling in Hugging Face's config.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -103,7 +103,8 @@ class LlamaConfig:
         _require_positive(self, "num_kv_heads", "head_dim", "max_position_embeddings")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
-                f"LlamaConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"LlamaConfig: num_heads {self.num_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise InputError(f"LlamaConfig: head_dim must be even for rotary embeddings, not {self.head_dim}")
@@ -268,9 +269,7 @@ def _llama_from_hugging_face(fields: Mapping[str, Any], mistral: bool) -> LlamaC
     )
 
 
-def _rope_from_hugging_face(
-    fields: Mapping[str, Any], max_positions: int
-) -> tuple[float, RopeScaling | None]:
+def _rope_from_hugging_face(fields: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Returns the rotary base and scaling from either spelling."""
     rope = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
     _only(rope, "partial_rotary_factor", 1.0)
@@ -280,9 +279,7 @@ def _rope_from_hugging_face(
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
-        raise InputError(
-            f"config.json: RoPE scaling {kind!r} is not supported; supported: 'linear', 'llama3'"
-        )
+        raise InputError(f"config.json: RoPE scaling {kind!r} is not supported; supported: 'linear', 'llama3'")
     factor = float(_get(rope, "factor"))
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
