@@ -137,7 +137,7 @@ def _weights(description: Description, targets: Sequence[ResolvedTarget], params
         leaves = jax.tree.leaves(params)
         return [target.view.matrices(leaves[target.position]) for target in targets]
     if description.inner is not None:
-        raise ValueError(f"{description.name} with an inner optimizer: {optax.NO_PARAMS_MSG}")
+        raise ValueError(f"{description.name} with an inner optimizer needs params: call update(gradients, state, params)")
     return []
 
 

@@ -1,5 +1,6 @@
 """GASDU: Gauss-Southwell-k dynamic update, and the fixed mask it is compared with."""
 
+import jax
 import optax
 
 from jaxsparse.engine.description import Description, SlotsDType, SubspaceTransformation
@@ -24,7 +25,7 @@ def gasdu(
     carry: Carry = "slot",
     targets: Targets = None,
     slots_dtype: SlotsDType = "promote",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> SubspaceTransformation:
     r"""Trains the k entries of every matrix whose gradient is largest, picked again every M steps.
 
@@ -105,7 +106,7 @@ def fixed_mask(
     share: Share = "even",
     targets: Targets = None,
     slots_dtype: SlotsDType = "promote",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> SubspaceTransformation:
     """Trains the k entries of every matrix whose first gradient is largest, for good.
 

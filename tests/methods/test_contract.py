@@ -1,0 +1,201 @@
+"""The contract that optax asks of every contributed optimizer, on matrix problems, for every method."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.methods.table import ROWS, Row
+
+INNERS = {
+    "none": lambda: None,
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.02, momentum=0.9),
+    "adam": lambda: optax.adam(0.05),
+    "adamw": lambda: optax.adamw(0.05),
+    "lion": lambda: optax.lion(0.01),
+    "rmsprop": lambda: optax.rmsprop(0.02),
+}
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+inners = pytest.mark.parametrize("inner", INNERS)
+
+
+def make(row: Row, inner: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return row.constructor(INNERS[inner](), **{**row.options, "targets": ".*", **options})
+
+
+def problem(rng: np.random.Generator, dtype: Any = jnp.float32) -> tuple[dict, Any]:
+    """A parabola with two matrices, and its gradient."""
+    target = {"a": jnp.asarray(rng.normal(size=(2, 3)), dtype), "b": jnp.asarray(rng.normal(size=(5, 2)), dtype)}
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), target)
+
+    def loss(params: dict) -> jax.Array:
+        return sum(jnp.sum(jnp.square((params[name] - target[name]).astype(jnp.float32))) for name in target)
+
+    return params, loss
+
+
+def compilations(function: Any, *args: Any) -> int:
+    """Number of compilations that a call causes."""
+    count = 0
+
+    def listen(event: str, *_: Any, **__: Any) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(function(*args))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return count
+
+
+@rows
+@inners
+def test_accepts_extra_arguments_and_does_not_recompile(row: Row, inner: str, rng: np.random.Generator) -> None:
+    tx = make(row, inner)
+    params, loss = problem(rng)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params, unexpected=1)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, jax.jit(tx.init)(params))
+    assert compilations(step, params, state) == 0
+    assert compilations(jax.jit(lambda x: x * rng.normal()), params["a"]) > 0  # the counter counts
+
+
+@rows
+@pytest.mark.parametrize("inner", [name for name in INNERS if name != "none"])
+def test_converges_when_every_entry_can_move(row: Row, inner: str, rng: np.random.Generator) -> None:
+    tx = make(row, inner, **row.converging)
+    params, loss = problem(rng)
+    before = loss(params)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000))((params, tx.init(params)))
+    assert loss(params) < 1e-2 * before
+
+
+@rows
+@inners
+def test_state_survives_tree_map_params(row: Row, inner: str, rng: np.random.Generator) -> None:
+    tx = make(row, inner)
+    params, loss = problem(rng)
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    marked = optax.tree.map_params(tx, lambda _: True, state, transform_non_params=lambda _: False)
+    marks = dict(zip(map(id, jax.tree.leaves(state)), jax.tree.leaves(marked), strict=True))
+    assert all(marks[id(leaf)] for leaf in jax.tree.leaves((state.support, state.master)))
+    assert not any(marks[id(leaf)] for leaf in state.progress)
+
+
+@rows
+def test_inner_state_has_the_size_of_the_slots(row: Row, rng: np.random.Generator) -> None:
+    tx = make(row, "adam")
+    params, _ = problem(rng)
+    state = tx.init(params)
+    slots = sum(leaf.size for leaf in jax.tree.leaves(state.support))
+    adam = state.inner[0]
+    assert sum(leaf.size for leaf in jax.tree.leaves((adam.mu, adam.nu))) == 2 * slots
+    assert jax.tree.leaves(state.master) == []  # float32 weights are their own masters
+
+
+@rows
+@inners
+def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.random.Generator) -> None:
+    params, loss = problem(rng)
+    options = {**row.options, "targets": ".*"}
+    tx = row.constructor(INNERS[inner](), **options)
+    factory = functools.partial(row.constructor, INNERS[inner]())
+    injected = optax.inject_hyperparams(factory, static_args=row.static)(**options)
+    state, injected_state = jax.jit(tx.init)(params), jax.jit(injected.init)(params)
+    for _ in range(4):
+        gradients = jax.grad(loss)(params)
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        injected_updates, injected_state = jax.jit(injected.update)(gradients, injected_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, injected_updates)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), tuple(state), tuple(injected_state.inner_state)
+        )
+        params = optax.apply_updates(params, updates)
+
+
+@rows
+@inners
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_parameters_keep_their_dtype_and_state_its_types(
+    row: Row, inner: str, dtype: Any, rng: np.random.Generator
+) -> None:
+    """Updates of narrow weights are float32 by design (DESIGN.md, "Precision"); what is applied keeps the dtype."""
+    tx = make(row, inner)
+    params, loss = problem(rng, dtype)
+    state = tx.init(params)
+    updates, new_state = tx.update(jax.grad(loss)(params), state, params)
+    expected = jnp.dtype(dtype) if inner == "none" else jnp.dtype(jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {expected}
+    assert {leaf.dtype for leaf in jax.tree.leaves(optax.apply_updates(params, updates))} == {jnp.dtype(dtype)}
+    types = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.asarray(leaf).dtype), tree) for tree in (state, new_state)]
+    assert types[0] == types[1]
+    jax.lax.cond(jnp.array(True), lambda: state, lambda: new_state)
+
+
+@rows
+@inners
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_multi_steps_emits_nothing_until_the_last_micro_batch(
+    row: Row, inner: str, dtype: Any, rng: np.random.Generator
+) -> None:
+    params, loss = problem(rng, dtype)
+    tx = make(row, inner)
+    accumulated = optax.MultiSteps(tx, every_k_schedule=3)
+    state, plain_state = accumulated.init(params), tx.init(params)
+    update = jax.jit(accumulated.update)
+    for step in range(6):
+        gradients = jax.grad(loss)(params)
+        updates, state = update(gradients, state, params)
+        if step % 3 < 2:
+            assert not any(np.any(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(updates))
+        else:  # three equal gradients have that gradient as their mean
+            plain, plain_state = tx.update(gradients, plain_state, params)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-6),
+                updates,
+                plain,
+            )
+            params = optax.apply_updates(params, updates)
+    # A step is an optimizer step: micro-batches do not count.
+    assert int(state.inner_opt_state.progress.count) == 2
+
+
+@rows
+def test_inner_schedule_equals_constant(row: Row, rng: np.random.Generator) -> None:
+    params, loss = problem(rng)
+    results = []
+    for rate in (0.05, optax.constant_schedule(0.05)):
+        tx = row.constructor(optax.adam(rate), **row.options, targets=".*")
+        current, state = params, tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(jax.grad(loss)(current), state, current)
+            current = optax.apply_updates(current, updates)
+        results.append(current)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@rows
+def test_init_works_on_shapes_alone(row: Row, rng: np.random.Generator) -> None:
+    tx = make(row, "adam")
+    params, _ = problem(rng)
+    shapes = jax.eval_shape(tx.init, params)
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(jnp.shape, tx.init(params))

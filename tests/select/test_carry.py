@@ -1,0 +1,46 @@
+"""What becomes of an inner optimizer's state when the support moves."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsparse.select.carry import carry_inner_state, follow_coordinate
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), stack=st.integers(1, 3), k=st.integers(1, 12), size=st.integers(12, 40))
+def test_values_stay_with_their_coordinate(seed: int, stack: int, k: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    old, new = (np.stack([rng.permutation(size)[:k] for _ in range(stack)]).astype(np.int32) for _ in range(2))
+    values = rng.normal(size=(stack, k)).astype(np.float32)
+    followed = follow_coordinate(jnp.asarray(values), jnp.asarray(old), jnp.asarray(new), -7.0)
+    for row in range(stack):
+        owner = dict(zip(old[row], values[row], strict=True))
+        np.testing.assert_array_equal(followed[row], [owner.get(c, np.float32(-7.0)) for c in new[row]])
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.adam(0.1), optax.chain(optax.clip(1.0), optax.adagrad(0.1)), optax.sgd(0.1, momentum=0.9)]
+)
+def test_each_carry_keeps_what_it_says(inner: optax.GradientTransformation, rng: np.random.Generator) -> None:
+    slots = {"a": jnp.zeros((1, 3)), "b": optax.MaskedNode()}
+    old = {"a": jnp.array([[4, 7, 1]], jnp.int32), "b": optax.MaskedNode()}
+    new = {"a": jnp.array([[7, 2, 4]], jnp.int32), "b": optax.MaskedNode()}
+    _, state = inner.update({**slots, "a": jnp.asarray(rng.normal(size=(1, 3)), jnp.float32)}, inner.init(slots), slots)
+
+    def moments(state: object) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        optax.tree.map_params(inner, lambda leaf: found.append(np.asarray(leaf)) or leaf, state)
+        return found
+
+    before, fresh = moments(state), moments(inner.init(slots))
+    after = {c: moments(carry_inner_state(c, inner, state, slots, old, new)) for c in ("slot", "coordinate", "reset")}
+    assert before
+    for at, moment in enumerate(before):
+        np.testing.assert_array_equal(after["slot"][at], moment)
+        np.testing.assert_array_equal(after["reset"][at], fresh[at])
+        newcomer = fresh[at][0, 1]
+        np.testing.assert_array_equal(after["coordinate"][at], [[moment[0, 1], newcomer, moment[0, 0]]])
