@@ -103,8 +103,7 @@ class LlamaConfig:
         _require_positive(self, "num_kv_heads", "head_dim", "max_position_embeddings")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
-                f"LlamaConfig: num_heads {self.num_heads} is not a multiple of "
-                f"num_kv_heads {self.num_kv_heads}"
+                f"LlamaConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise InputError(f"LlamaConfig: head_dim must be even for rotary embeddings, not {self.head_dim}")

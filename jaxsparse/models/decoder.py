@@ -176,13 +176,22 @@ class Decoder(nnx.Module):
         (hidden, store), _ = jax.lax.scan(_REMAT[self.remat](body), start, (parameters, numbers))
         return self.finish(hidden), store
 
-    def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """Returns the logits of hidden states, accumulated and kept in float32 at least."""
+    def project(
+        self, hidden: Float[Array, "*batch width"], dtype: jax.typing.DTypeLike | None = None
+    ) -> Float[Array, "*batch vocab"]:
+        """Returns the logits of hidden states.
+
+        Args:
+            hidden: after the final norm.
+            dtype: of the product, which accumulates in float32 at least; that wide by default.
+
+        Returns:
+            The logits.
+        """
         matrix, axis = self.head()
         hidden, matrix = promote_dtype((hidden, matrix))
+        if dtype is None:
+            dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         return jax.lax.dot_general(
-            hidden,
-            matrix,
-            (((hidden.ndim - 1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+            hidden, matrix, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype
         )

@@ -184,7 +184,9 @@ class LanguageModel:
         tokens, positions, segments = _as_arrays(batch.tokens, batch.positions, batch.segments)
         weights = jnp.asarray(batch.weights)
         hidden = module.hidden(tokens, positions, segments)
-        loss_sum = cross_entropy_sum(module.project, hidden, jnp.asarray(batch.targets), weights, self.loss_chunk)
+        # Logits in the parameters' dtype: wider ones would have the backward pass widen the whole head.
+        project = functools.partial(module.project, dtype=hidden.dtype)
+        loss_sum = cross_entropy_sum(project, hidden, jnp.asarray(batch.targets), weights, self.loss_chunk)
         counted = jnp.sum(weights)
         return loss_sum / jnp.maximum(counted, 1.0), {"tokens": counted, "loss_sum": loss_sum}
 

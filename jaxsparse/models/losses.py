@@ -25,14 +25,14 @@ def cross_entropy_sum(
     (chunk, vocab) logits exist at a time. A single chunk is not computed again.
 
     Args:
-        project: from hidden states to float32 logits; what it closes over gets its gradient.
+        project: from hidden states to logits; what it closes over gets its gradient.
         hidden: hidden states of all tokens.
         targets: the tokens to predict, inside the vocabulary even where the weight is 0.
         weights: 0 for tokens that do not count.
         chunk: most tokens in a chunk.
 
     Returns:
-        The sum, in the dtype of the logits.
+        The sum, in float32 at least.
 
     Raises:
         InputError: chunk is below 1.
@@ -50,7 +50,9 @@ def cross_entropy_sum(
         raise InputError(f"loss chunk must be at least 1 token, not {chunk}")
 
     def chunk_sum(hidden: Array, targets: Array, weights: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(project(hidden), targets)
+        logits = project(hidden)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.sum(losses * weights)
 
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
