@@ -1,1 +1,9 @@
-"""."""
+"""Sparse deltas: what fine-tuning changed, against a named base; exact both ways, small on disk, safe to share."""
+
+from jaxsparse.deltas.delta import Delta, Metadata, TensorDelta
+from jaxsparse.deltas.description import describe
+from jaxsparse.deltas.difference import diff
+from jaxsparse.deltas.files import load, save
+from jaxsparse.deltas.patch import apply, check_base, revert
+
+__all__ = ["Delta", "Metadata", "TensorDelta", "apply", "check_base", "describe", "diff", "load", "revert", "save"]
