@@ -24,7 +24,8 @@ _LARGEST_FACTOR = 16
 # split has divisions that come out even.
 HELD_OUT_NUMBERS = frozenset({4, 7, 9, 13, 16, 21, 24, 28, 32, 35, 36, 42, 45, 48})
 
-_MOST_MISSES = 1000  # draws in a row that bring nothing new before a split counts as used up
+# Well below what either split can give, so that drawing until enough distinct problems are there is quick.
+_MOST_PROBLEMS = 20_000
 
 
 @dataclass(frozen=True)
@@ -123,34 +124,32 @@ def generate_problems(count: int, *, split: Split, seed: int) -> list[Row]:
         The problems, no two alike. `output` is the answer in a sentence, as in NumGLUE's files.
 
     Raises:
-        InputError: the count is negative or beyond what the split can give, or the split is unknown.
+        InputError: the count is negative or above 20,000, the seed is negative, or the split is unknown.
 
     Example:
         >>> row = generate_problems(1, split="train", seed=1)[0]
-        >>> row.instruction.split("\\n")[2]
+        >>> row.instruction.splitlines()[2]
         'Question: Yara and Sam have 38 cards together. Sam has 8. How many cards does Yara have?'
         >>> row.answer, row.output
         ('30', 'the correct answer is 30')
     """
     if split not in ("train", "held_out"):
         raise InputError(f"split={split!r}: must be 'train' or 'held_out'")
-    if count < 0 or seed < 0:
-        raise InputError(f"count={count}, seed={seed}: neither may be negative")
+    if not 0 <= count <= _MOST_PROBLEMS:
+        raise InputError(f"count={count}: must be between 0 and {_MOST_PROBLEMS}")
+    if seed < 0:
+        raise InputError(f"seed={seed}: must not be negative")
     by_operation = _TRAIN if split == "train" else _HELD_OUT
     templates = [(operation, text) for operation, texts in by_operation.items() for text in texts]
     pairs = {operation: _pairs(operation, split) for operation in by_operation}
     rng = np.random.default_rng([seed, split == "held_out"])
     rows: dict[str, Row] = {}
-    misses = 0
     while len(rows) < count:
         operation, text = templates[rng.integers(len(templates))]
         a, b = pairs[operation][rng.integers(len(pairs[operation]))]
         name, other = (_NAMES[i] for i in rng.choice(len(_NAMES), size=2, replace=False))
         things = _THINGS[rng.integers(len(_THINGS))]
         question = text.format(a=a, b=b, name=name, other=other, things=things)
-        misses = misses + 1 if question in rows else 0
-        if misses > _MOST_MISSES:
-            raise InputError(f"count={count}: split {split!r} has hardly more than {len(rows)} problems")
         answer = str(operation.result(a, b))
         instruction = _PROMPT.format(question=question)
         rows.setdefault(question, Row(instruction, "", f"the correct answer is {answer}", answer))
