@@ -105,7 +105,11 @@ def _compiled(kind: str, shape: tuple[int, ...], sharding: NamedSharding | None,
             in_specs=(sharding.spec, whole, whole, whole) if scattered else (sharding.spec, whole),
             out_specs=sharding.spec if scattered else whole,
         )
-    return jax.jit(operation, donate_argnums=0 if donate else ())
+    return jax.jit(
+        operation,
+        donate_argnums=0 if donate else (),
+        out_shardings=sharding if scattered else None,
+    )
 
 
 # ---- on the host ---------------------------------------------------------------------------------------------
