@@ -137,7 +137,9 @@ def _weights(description: Description, targets: Sequence[ResolvedTarget], params
         leaves = jax.tree.leaves(params)
         return [target.view.matrices(leaves[target.position]) for target in targets]
     if description.inner is not None:
-        raise ValueError(f"{description.name} with an inner optimizer needs params: call update(gradients, state, params)")
+        raise ValueError(
+            f"{description.name} with an inner optimizer needs params: call update(gradients, state, params)"
+        )
     return []
 
 

@@ -1,0 +1,152 @@
+"""Training by the reference engine: one jitted step from a batch to new weights."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxsparse.engine.description import SubspaceTransformation
+from jaxsparse.subspaces.targets import resolve_targets
+
+__all__ = ["ReferenceTuner", "StepMetrics", "TunerState"]
+
+LossFn = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Array]]]
+
+
+class TunerState(NamedTuple):
+    """What a training step reads and writes.
+
+    Attributes:
+        params: the model's parameters.
+        method: the method's own state.
+    """
+
+    params: Any
+    method: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a training step reports, as arrays on the device.
+
+    Attributes:
+        loss: mean loss of the batch before the step.
+        tokens: number of target tokens of the batch.
+        retention: ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4).
+        retention_mean: the mean of the same ratio over matrices.
+        refreshed: whether this step picked a new support.
+        skipped: steps left out so far because of a gradient that was not finite.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    retention: Float[Array, ""]
+    retention_mean: Float[Array, ""]
+    refreshed: Array
+    skipped: Int[Array, ""]
+
+
+class ReferenceTuner:
+    """Trains a model by a method with dense gradients of the targets, and of nothing else.
+
+    `step` is one jitted function that donates its state: keep no reference to an old state.
+
+    Args:
+        loss_fn: (params, batch) -> (mean loss, aux); `aux["tokens"]` is the number of target tokens and weighs
+            micro-batches against each other.
+        method: what a constructor returns, with an inner optimizer.
+        accumulate: micro-batches per optimizer step; the leading axis of every array of a batch is split so.
+
+    Raises:
+        TypeError: `method` is no result of a constructor, or has no inner optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import jaxsparse as js
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params["kernel"]) ** 2), {"tokens": jnp.array(2.0)}
+        >>> tuner = ReferenceTuner(loss_fn, js.gasdu(optax.sgd(0.1), density=0.5, targets="kernel"))
+        >>> state = tuner.init({"kernel": jnp.ones((3, 2))})
+        >>> state, metrics = tuner.step(state, jnp.ones((2, 3)))
+        >>> float(metrics.loss)
+        9.0
+    """
+
+    def __init__(self, loss_fn: LossFn, method: SubspaceTransformation, *, accumulate: int = 1) -> None:
+        if not isinstance(method, SubspaceTransformation) or method.description.inner is None:
+            raise TypeError(
+                "a tuner wants the result of a constructor with an inner optimizer, "
+                "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: js.gasdu(optax.chain(optax.clip_by_global_norm(1.0), ...), ...)"
+            )
+        self.loss_fn = loss_fn
+        self.method = method
+        self.accumulate = accumulate
+        self.step = jax.jit(self._step, donate_argnums=0)
+
+    def init(self, params: Any, *, donate: bool = False) -> TunerState:
+        """Returns the state to start from.
+
+        Args:
+            params: the model's parameters.
+            donate: let the first step take the parameters' memory; they cannot be used afterwards. By default
+                they are copied.
+        """
+        start = params if donate else jax.tree.map(jnp.copy, params)
+        return TunerState(start, jax.jit(self.method.init)(params))
+
+    def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
+        leaves, structure = jax.tree.flatten(state.params)
+        moving = [target.position for target in resolve_targets(state.params, self.method.description.targets)]
+
+        def loss_of(targets: list[Array], batch: Any) -> tuple[Array, dict[str, Array]]:
+            return self.loss_fn(jax.tree.unflatten(structure, _replace(leaves, moving, targets)), batch)
+
+        loss, tokens, gradients = self._gradients(loss_of, [leaves[at] for at in moving], batch)
+        # The method sees a whole tree; what it says of frozen weights is never computed, since nobody reads it.
+        frozen = [jnp.zeros((), leaf.dtype) if at in moving else jnp.zeros_like(leaf) for at, leaf in enumerate(leaves)]
+        updates, method = self.method.update(
+            jax.tree.unflatten(structure, _replace(frozen, moving, gradients)), state.method, state.params
+        )
+        changes = [jax.tree.leaves(updates)[at] for at in moving]
+        moved = optax.apply_updates([leaves[at] for at in moving], changes)
+        progress = method.progress
+        metrics = StepMetrics(
+            loss=loss,
+            tokens=tokens,
+            retention=progress.retention,
+            retention_mean=progress.retention_mean,
+            refreshed=progress.refreshes > state.method.progress.refreshes,
+            skipped=progress.skipped,
+        )
+        return TunerState(jax.tree.unflatten(structure, _replace(leaves, moving, moved)), method), metrics
+
+    def _gradients(self, loss_of: Any, targets: list[Array], batch: Any) -> tuple[Array, Array, list[Array]]:
+        """Mean loss, number of target tokens and mean gradients over the micro-batches, each weighed by its tokens."""
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        if self.accumulate == 1:
+            (loss, aux), gradients = value_and_grad(targets, batch)
+            return loss, aux["tokens"], gradients
+
+        def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
+            (loss, aux), gradients = value_and_grad(targets, micro_batch)
+            weighted = jax.tree.map(
+                lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) * aux["tokens"], (loss, gradients)
+            )
+            return jax.tree.map(jnp.add, sums, (*weighted, aux["tokens"])), None
+
+        split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulate, -1, *leaf.shape[1:]), batch)
+        zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), (jnp.zeros(()), targets, jnp.zeros(())))
+        (loss, gradients, tokens), _ = jax.lax.scan(add, zeros, split)
+        count = jnp.maximum(tokens, 1)
+        return loss / count, tokens, [(g / count).astype(t.dtype) for g, t in zip(gradients, targets, strict=True)]
+
+
+def _replace(leaves: list[Any], positions: list[int], values: list[Any]) -> list[Any]:
+    """A copy of a list with some items exchanged."""
+    replaced = list(leaves)
+    for at, value in zip(positions, values, strict=True):
+        replaced[at] = value
+    return replaced

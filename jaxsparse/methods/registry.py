@@ -1,0 +1,71 @@
+"""All methods by name, and each one's own options as a dataclass, for command lines and config files."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.engine.description import SlotsDType, SubspaceTransformation
+from jaxsparse.methods.gasdu import fixed_mask, gasdu
+from jaxsparse.select.schedules import RefreshEvery
+
+__all__ = ["METHODS", "constructor_of", "options_class"]
+
+METHODS: dict[str, Callable[..., SubspaceTransformation]] = {
+    constructor.__name__: constructor for constructor in (gasdu, fixed_mask)
+}
+
+# Arguments that every method has, and that a run sets in one place for all of them.
+_COMMON = ("inner", "targets", "seed")
+# What can be written on a command line, for arguments that take more than that from Python.
+_WRITTEN: dict[Any, Any] = {RefreshEvery: int, SlotsDType: str | None}
+
+
+def constructor_of(method: str) -> Callable[..., SubspaceTransformation]:
+    """Returns the constructor of a method.
+
+    Raises:
+        InputError: there is no method of that name.
+
+    Example:
+        >>> constructor_of("gasdu").__name__
+        'gasdu'
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; known methods: {', '.join(sorted(METHODS))}")
+    return METHODS[method]
+
+
+def options_class(method: str) -> type:
+    """Makes a dataclass of a method's own options from its constructor: names, types, defaults and help.
+
+    Args:
+        method: the method's name.
+
+    Returns:
+        A frozen dataclass; its fields are keywords of the constructor.
+
+    Raises:
+        InputError: there is no method of that name.
+
+    Example:
+        >>> options_class("gasdu")(density=1e-4).refresh_every
+        50
+    """
+    constructor = constructor_of(method)
+    described = docstring_parser.parse(constructor.__doc__ or "")
+    help_texts = {param.arg_name: " ".join((param.description or "").split()) for param in described.params}
+    fields = []
+    for parameter in inspect.signature(constructor).parameters.values():
+        if parameter.name in _COMMON:
+            continue
+        written = _WRITTEN.get(parameter.annotation, parameter.annotation)
+        annotation = Annotated[written, tyro.conf.arg(help=help_texts[parameter.name])]
+        fields.append((parameter.name, annotation, dataclasses.field(default=parameter.default)))
+    options = dataclasses.make_dataclass(f"{method}_options", fields, frozen=True)
+    options.__doc__ = f"{method}: {described.short_description}"
+    return options

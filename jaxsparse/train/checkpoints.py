@@ -1,0 +1,130 @@
+"""Checkpoints of a run: all that is needed to go on as if nothing had happened.
+
+A checkpoint is a folder `step_00000100` that appears whole or not at all. It holds the weights as a delta against the
+base, the method's state, the data iterator's state and the run's totals.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxsparse import deltas
+from jaxsparse.common.errors import InputError
+from jaxsparse.common.files import atomic_folder
+
+__all__ = ["RunCheckpoint", "restore_newest", "save_checkpoint"]
+
+_FOLDER = "step_{:08d}"
+_PATTERN = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A run at the end of a step.
+
+    Attributes:
+        step: optimizer steps done.
+        delta: the weights that may move, against the base.
+        method_state: the method's state, a pytree of arrays.
+        data_state: the data iterator's state, as JSON can hold it.
+        totals: sums for the report, as JSON can hold them.
+    """
+
+    step: int
+    delta: deltas.Delta
+    method_state: Any
+    data_state: dict[str, Any]
+    totals: dict[str, Any]
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves under their number; the tree's own structure is made anew on restoring, never stored."""
+    return {f"{number:04d}": leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, *, keep: int) -> Path:
+    """Saves a checkpoint and then removes the oldest ones.
+
+    Args:
+        folder: where the run's checkpoints lie.
+        checkpoint: what to save.
+        keep: how many of the newest stay, at least 1.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        InputError: it cannot be written; earlier checkpoints are untouched.
+    """
+    target = folder / _FOLDER.format(checkpoint.step)
+    with atomic_folder(target, overwrite=True) as temporary:
+        deltas.save(temporary / "delta", checkpoint.delta)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((temporary / "state").absolute(), _named_leaves(checkpoint.method_state))
+        except Exception as error:  # Orbax and TensorStore report a full disk by whatever it made them trip over
+            raise InputError(f"cannot write checkpoint {target}: {str(error).splitlines()[0]}") from error
+        run = {"step": checkpoint.step, "data": checkpoint.data_state, "totals": checkpoint.totals}
+        (temporary / "run.json").write_text(json.dumps(run))
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(folder / _FOLDER.format(old), ignore_errors=True)
+    return target
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    found = (_PATTERN.fullmatch(entry.name) for entry in folder.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def restore_newest(folder: Path, method_state: Any, *, base_fingerprint: str) -> RunCheckpoint | None:
+    """Restores the newest checkpoint that is whole; damaged ones are reported and passed over.
+
+    Args:
+        folder: where the run's checkpoints lie.
+        method_state: a state of the structure, shapes and dtypes to restore.
+        base_fingerprint: of the base that the deltas must belong to.
+
+    Returns:
+        The checkpoint, or None where there is none.
+
+    Raises:
+        InputError: there are checkpoints, and none can be used.
+    """
+    problems = []
+    for step in _steps(folder):
+        try:
+            return _restore(folder / _FOLDER.format(step), method_state, base_fingerprint)
+        except InputError as error:
+            problems.append(str(error))
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+    if problems:
+        raise InputError(f"no checkpoint in {folder} can be used; the newest: {problems[0]}")
+    return None
+
+
+def _restore(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheckpoint:
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        step, data_state, totals = int(run["step"]), dict(run["data"]), dict(run["totals"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'run.json'} is missing or damaged: {error}") from error
+    delta = deltas.load(folder / "delta", base_fingerprint=base_fingerprint)
+    wanted = _named_leaves(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), method_state))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore((folder / "state").absolute(), wanted)
+    except Exception as error:  # Orbax and TensorStore raise whatever the damaged part happens to trip over
+        raise InputError(f"{folder / 'state'} is damaged or of another run: {str(error).splitlines()[0]}") from error
+    leaves = [restored[name] for name in sorted(restored)]
+    return RunCheckpoint(step, delta, jax.tree.unflatten(jax.tree.structure(method_state), leaves), data_state, totals)

@@ -1,0 +1,91 @@
+"""The training loop: steps, metrics, checkpoints."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxsparse import deltas
+from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.common.progress import progress
+from jaxsparse.engine.tuner import ReferenceTuner, StepMetrics, TunerState
+from jaxsparse.subspaces.targets import resolve_targets
+from jaxsparse.train.checkpoints import RunCheckpoint, restore_newest, save_checkpoint
+from jaxsparse.train.config import RunConfig
+from jaxsparse.train.metrics import MetricsWriter
+from jaxsparse.train.reporter import Reporter, Totals
+
+__all__ = ["train"]
+
+
+def train(
+    tuner: ReferenceTuner,
+    params: Any,
+    data: grain.DatasetIterator,
+    run: RunConfig,
+    steps: int,
+    *,
+    rate: Callable[[int], Any],
+    base_fingerprint: str,
+) -> tuple[TunerState, Totals]:
+    """Trains for a number of steps, from the start or from the newest checkpoint.
+
+    Args:
+        tuner: makes the steps.
+        params: the base's parameters; their memory is taken over, they cannot be used afterwards.
+        data: iterator of batches with `get_state` and `set_state`.
+        run: where to write, how often, whether to resume.
+        steps: optimizer steps of the whole run.
+        rate: learning rate as a function of the step, for the metrics.
+        base_fingerprint: of `params`.
+
+    Returns:
+        The last state and the sums over the run.
+
+    Raises:
+        InputError: a checkpoint cannot be written, or none can be used.
+    """
+    folder = run.out / "checkpoints"
+    # A host copy of what may move: checkpoints hold the weights as a delta against it.
+    moving = {target.path for target in resolve_targets(params, tuner.method.description.targets)}
+    base = {path: np.array(leaf) for path, leaf in flatten_with_paths(params)[0] if path in moving}
+    state, totals, start = tuner.init(params, donate=True), Totals(), 0
+    found = restore_newest(folder, state.method, base_fingerprint=base_fingerprint) if run.resume else None
+    if found is not None:
+        state = TunerState(deltas.apply(state.params, found.delta, donate=True), found.method_state)
+        totals, start = Totals(**found.totals), found.step
+        data.set_state(found.data_state)
+
+    def take(batch: Any) -> StepMetrics:
+        nonlocal state
+        state, metrics = tuner.step(state, batch)
+        return metrics
+
+    last_save = time.monotonic()
+    with (
+        MetricsWriter(run.out, start, tensorboard=run.tensorboard) as writer,
+        progress("training", steps, done=start) as advance,
+    ):
+        reporter = Reporter(writer, totals, rate, advance)
+        for step in range(start + 1, steps + 1):
+            batch = next(data)
+            reporter.step(step, batch, lambda batch=batch: take(batch))
+            if step < steps and _due(run, step, last_save):
+                reporter.flush()
+                current = {path: leaf for path, leaf in flatten_with_paths(state.params)[0] if path in moving}
+                delta = deltas.diff(base, current, base_fingerprint=base_fingerprint, step=step)
+                checkpoint = RunCheckpoint(step, delta, state.method, data.get_state(), vars(totals).copy())
+                save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
+                last_save = time.monotonic()
+                reporter.restart()
+        reporter.flush()
+    return state, totals
+
+
+def _due(run: RunConfig, step: int, last_save: float) -> bool:
+    """Whether a checkpoint is due after a step."""
+    by_step = run.checkpoint_every is not None and step % run.checkpoint_every == 0
+    by_time = run.checkpoint_minutes is not None and time.monotonic() - last_save >= 60 * run.checkpoint_minutes
+    return by_step or by_time

@@ -1,0 +1,120 @@
+"""The inner optimizer and the method that a configuration describes."""
+
+import dataclasses
+import re
+from typing import Any
+
+import optax
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.engine.description import SubspaceTransformation
+from jaxsparse.methods.registry import constructor_of
+from jaxsparse.subspaces.targets import Target, Targets
+from jaxsparse.train.config import FinetuneConfig, OptimizerConfig
+
+__all__ = ["inner_optimizer", "learning_rate", "make_method", "stacked_targets"]
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the optimizer step.
+
+    Raises:
+        InputError: the rate is not positive, or the warm-up is longer than the run.
+
+    Example:
+        >>> rate = learning_rate(OptimizerConfig(lr=0.5, schedule="linear", warmup_steps=2), steps=6)
+        >>> [round(float(rate(step)), 3) for step in range(6)]
+        [0.0, 0.25, 0.5, 0.375, 0.25, 0.125]
+    """
+    if not config.lr > 0:
+        raise InputError(f"lr must be positive, got {config.lr}")
+    if not 0 <= config.warmup_steps <= steps:
+        raise InputError(f"warmup_steps must lie between 0 and the {steps} steps of the run, got {config.warmup_steps}")
+    rest = max(steps - config.warmup_steps, 1)
+    falls = {
+        "constant": optax.constant_schedule(config.lr),
+        "linear": optax.linear_schedule(config.lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.lr, rest),
+    }
+    if not config.warmup_steps:
+        return falls[config.schedule]
+    rise = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
+    return optax.join_schedules([rise, falls[config.schedule]], [config.warmup_steps])
+
+
+def inner_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer of the slots: clipping, then Adam, AdamW or gradient descent.
+
+    Raises:
+        InputError: a value is out of range, or weight decay is asked of an optimizer that has none.
+    """
+    rate = learning_rate(config, steps)
+    if config.clip < 0:
+        raise InputError(f"clip must be positive, or 0 for none, got {config.clip}")
+    if config.weight_decay and config.optimizer != "adamw":
+        raise InputError(f"weight_decay={config.weight_decay} needs --optimizer adamw, not {config.optimizer}")
+    makers: dict[str, Any] = {
+        "adam": lambda: optax.adam(rate),
+        "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
+        "sgd": lambda: optax.sgd(rate),
+    }
+    optimizer = makers[config.optimizer]()
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
+
+
+def stacked_targets(params: Any, pattern: str | None) -> Targets:
+    """Turns a pattern over our own models' paths into targets that know which axis counts layers.
+
+    Our models stack their layers, so a weight under `layers/` of three axes is one matrix per layer.
+
+    Args:
+        params: the model's parameters.
+        pattern: a regular expression for whole paths; None: the default targets.
+
+    Returns:
+        Something for a constructor's `targets`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> stacked_targets({"layers": {"kernel": jnp.ones((2, 3, 4))}}, ".*/kernel")[0].stack_axes
+        (0,)
+    """
+    if pattern is None or not _compiles(pattern):
+        return pattern  # a broken pattern gets its message where all patterns do
+    matching = [path for path, _ in flatten_with_paths(params)[0] if re.fullmatch(pattern, path)]
+    targets = [Target(re.escape(path), stack_axes=(0,) if path.startswith("layers/") else ()) for path in matching]
+    return targets or pattern
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def make_method(config: FinetuneConfig, params: Any, steps: int) -> SubspaceTransformation:
+    """Builds the method that a configuration names, around its inner optimizer.
+
+    Args:
+        config: the run's configuration.
+        params: the model's parameters, or their shapes.
+        steps: optimizer steps of the run.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        InputError: an option does not work.
+    """
+    return constructor_of(config.method)(
+        inner_optimizer(config.inner, steps),
+        targets=stacked_targets(params, config.targets),
+        seed=config.run.seed,
+        **{
+            option.name: getattr(config.chosen_method, option.name)
+            for option in dataclasses.fields(config.chosen_method)
+        },
+    )
