@@ -148,9 +148,10 @@ def steps_per_epoch(
 
 
 def default_buckets(max_length: int) -> tuple[int, ...]:
-    """Returns the powers of two from 64 that are below `max_length`, then `max_length`.
+    """Returns 64, 96, 128, 192, 256, …, as far as they are below `max_length`, then `max_length`.
 
-    Every length that occurs is one more compilation of the training step, so there are few of them.
+    Every length that occurs is one more compilation of the training step, so there are few; the steps are such that
+    the longest row of a batch, from 64 tokens on, is at least two thirds full.
 
     Args:
         max_length: the last bucket.
@@ -159,11 +160,11 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
         The lengths, ascending.
 
     Example:
-        >>> default_buckets(384)
-        (64, 128, 256, 384)
+        >>> default_buckets(256), default_buckets(50)
+        ((64, 96, 128, 192, 256), (50,))
     """
-    powers = (64 << i for i in range(max_length.bit_length()))
-    return (*(power for power in powers if power < max_length), max_length)
+    lengths = (factor << i for i in range(max_length.bit_length()) for factor in (64, 96))
+    return (*(length for length in lengths if length < max_length), max_length)
 
 
 class _Epoch(grain.experimental.FlatMapTransform):

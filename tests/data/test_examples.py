@@ -1,9 +1,13 @@
+import dataclasses
+from pathlib import Path
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.data import Row, encode_prompt, encode_rows, render_prompt
+from jaxsparse.data import Row, encode_prompt, encode_rows, load_rows, render_prompt
+from jaxsparse.data.tokenizer_formats import tokenizer_from_llama2c
 from tests.data.character_tokenizer import CHAT, TRIMMING_CHAT, CharacterTokenizer
 
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=40)
@@ -90,6 +94,33 @@ def test_a_row_whose_answer_does_not_fit_is_an_error_or_dropped_with_a_warning()
         kept = encode_rows(rows, tokenizer, max_length=51, too_long="drop")
     assert [tokenizer.decode(example.answer_ids) for example in kept] == ["36<eos>", "7<eos>"]
     assert encode_rows(rows, tokenizer, max_length=52)[1].prompt_ids == (ord("\n") + 100,)
+
+
+CHATML = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat_template", [None, CHATML])
+def test_a_real_tokenizer_reads_back_what_was_encoded(shared: Path, chat_template: str | None) -> None:
+    plain = tokenizer_from_llama2c(shared / "models" / "stories260k" / "tok512.bin")
+    tokenizer = dataclasses.replace(plain, chat_template=chat_template)
+    rows = load_rows(shared / "data" / "numglue" / "type1" / "test.json")
+    for row, example, short in zip(
+        rows,
+        encode_rows(rows, tokenizer, max_length=2048),
+        encode_rows(rows, tokenizer, max_length=150),
+        strict=True,
+    ):
+        ids = [*example.prompt_ids, *example.answer_ids]
+        whole = tokenizer.encode(render_prompt(row, tokenizer).text + row.answer, render_prompt(row, tokenizer).add_bos)
+        assert ids == [*whole, tokenizer.eos_id]
+        assert tokenizer.decode(example.answer_ids).strip() == row.answer
+        # The plain prompt gets its beginning token from the tokenizer, the other from the template: never two.
+        assert [i == tokenizer.bos_id for i in example.prompt_ids[:2]] == [True, False]
+        assert short.answer_ids == example.answer_ids
+        assert len(short) <= 150
 
 
 def test_bad_arguments_are_named() -> None:
