@@ -1,15 +1,24 @@
 """Files and folders that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxsparse.common.errors import InputError
 
-__all__ = ["atomic_folder", "atomic_write_bytes", "atomic_write_text", "check_writable", "clear_write_errors"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "check_writable",
+    "clear_write_errors",
+    "read_json",
+]
 
 
 @contextlib.contextmanager
@@ -173,3 +182,27 @@ def check_writable(folder: str | os.PathLike[str], required_bytes: int = 0) -> N
         raise InputError(
             f"cannot write {target}: {required_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on that disk"
         )
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file.parent} has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__}, not an object")
+    return content

@@ -1,7 +1,7 @@
 """Fingerprints: a short text that two parameter trees share only if they are bit for bit the same."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsparse.common.paths import flatten_with_paths
 
-__all__ = ["combine_checksums", "fingerprint", "tensor_checksum"]
+__all__ = ["StreamedChecksum", "combine_checksums", "fingerprint", "tensor_checksum"]
 
 
 def tensor_checksum(array: jax.Array | np.ndarray) -> str:
@@ -27,9 +27,29 @@ def tensor_checksum(array: jax.Array | np.ndarray) -> str:
         False
     """
     host = np.asarray(array)
-    digest = hashlib.sha256(f"{host.dtype.name} {host.shape}\n".encode())
-    digest.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    checksum = StreamedChecksum(host.dtype.name, host.shape)
+    checksum.update(host)
+    return checksum.hexdigest()
+
+
+class StreamedChecksum:
+    """The same checksum of a tensor that comes in blocks of rows, in order.
+
+    Args:
+        dtype: the name of the whole tensor's dtype.
+        shape: its shape.
+    """
+
+    def __init__(self, dtype: str, shape: Sequence[int]):
+        self._digest = hashlib.sha256(f"{dtype} {tuple(shape)}\n".encode())
+
+    def update(self, rows: np.ndarray) -> None:
+        """Takes the next rows in."""
+        self._digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """Returns the checksum of what was taken in: SHA-256, 64 hexadecimal digits."""
+        return self._digest.hexdigest()
 
 
 def combine_checksums(checksums: Iterable[tuple[str, str]]) -> str:

@@ -82,10 +82,12 @@ def tokenizer_from_llama2c(path: str | Path) -> Tokenizer:
         The tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is truncated or something else.
+        InputError: there is no such file, or it is truncated or something else.
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     pieces: list[str] = []
     scores: list[float] = []
     offset = 4

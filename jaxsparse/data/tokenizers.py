@@ -12,7 +12,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import atomic_write_text
+from jaxsparse.common.files import atomic_write_text, read_json
 
 __all__ = ["Tokenizer", "check_fits"]
 
@@ -143,13 +143,12 @@ class Tokenizer:
             The tokenizer.
 
         Raises:
-            FileNotFoundError: there is no tokenizer.json.
-            InputError: a file is malformed, or names a token that the vocabulary lacks.
+            InputError: there is no tokenizer.json, a file is malformed, or names a token that the vocabulary lacks.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+            raise InputError(f"{folder} has no tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
@@ -157,9 +156,12 @@ class Tokenizer:
         # The tokenizer.json of some models truncates or pads to a length; here that is the batches' work.
         backend.no_truncation()
         backend.no_padding()
-        settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        settings = {
+            **_optional_json(folder / "special_tokens_map.json"),
+            **_optional_json(folder / "tokenizer_config.json"),
+        }
         ids = {name: _token_id(backend, settings, name, folder) for name in ("bos_token", "eos_token", "pad_token")}
-        generation = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+        generation = {**_optional_json(folder / "config.json"), **_optional_json(folder / "generation_config.json")}
         ends = generation.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         stop_ids = tuple(dict.fromkeys(i for i in (ids["eos_token"], *ends) if i is not None))
@@ -197,16 +199,8 @@ def first_id(*ids: int | None) -> int:
     return next((i for i in ids if i is not None), 0)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _token_id(backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: Path) -> int | None:

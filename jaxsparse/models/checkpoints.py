@@ -1,25 +1,32 @@
-"""Models in and out of files: one `load` for every format, one `save`, one `convert`."""
+"""Models in and out of files: one `load` for every format, `save`, `convert`, `export_hugging_face`."""
 
-from dataclasses import dataclass
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.files import check_writable
 from jaxsparse.common.fingerprints import fingerprint
+from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.data.tokenizer_formats import tokenizer_from_llama2c
 from jaxsparse.data.tokenizers import Tokenizer, check_fits
-from jaxsparse.models import store
 from jaxsparse.models.configs import Config
 from jaxsparse.models.fetch import cache_folder, fetch_smollm2
 from jaxsparse.models.gguf_reader import GGUFSource
-from jaxsparse.models.sources import load_params
+from jaxsparse.models.hugging_face import HuggingFaceSource, is_hugging_face, write_hugging_face
+from jaxsparse.models.llama2c import Llama2cSource
+from jaxsparse.models.sources import TensorSource, load_params
+from jaxsparse.models.store import StoredSource, is_stored, write_folder
 
-__all__ = ["KNOWN_MODELS", "Checkpoint", "load", "save"]
+__all__ = ["KNOWN_MODELS", "Checkpoint", "convert", "export_hugging_face", "load", "save"]
 
 # Models that are fetched by name.
 KNOWN_MODELS = {"smollm2-135m": fetch_smollm2}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model with all that belongs to it.
 
@@ -29,7 +36,7 @@ class Checkpoint:
         tokenizer: the tokenizer, or None where the files have none.
         name: what reports call it.
         fingerprint: of `params`, as `jaxsparse.common.fingerprints.fingerprint` gives it.
-        folder: where it was loaded from or saved to.
+        folder: the folder it was loaded from or saved to, or None.
     """
 
     config: Config
@@ -40,43 +47,29 @@ class Checkpoint:
     folder: Path | None = None
 
 
-def load(path_or_name: str | Path, *, dtype: Any = None) -> Checkpoint:
+def load(path_or_name: str | Path, *, dtype: Any = None, tokenizer: str | Path | None = None) -> Checkpoint:
     """Loads a model, whatever its format.
 
+    The weights stream into place: beside them the host holds one block of one tensor.
+
     Args:
-        path_or_name: a folder of ours, a .gguf file, or the name of a known model, which is
-            fetched and converted once.
+        path_or_name: a folder of our own format, a Hugging Face folder, a .gguf file, a llama2.c .bin
+            file, or the name of a known model (smollm2-135m), which is fetched and converted once.
         dtype: float32, bfloat16 or float16; None keeps what the files have (quantised weights: float32).
+        tokenizer: a folder with tokenizer.json, or a llama2.c tokenizer, instead of the model's own.
 
     Returns:
-        The checkpoint.
+        The checkpoint, its parameters on the default device.
 
     Raises:
-        InputError: it is none of these, or damaged, or its parts do not belong together.
+        InputError: it is none of these, is damaged, or its parts do not belong together.
     """
-    path = Path(path_or_name)
-    if not path.exists() and str(path_or_name) in KNOWN_MODELS:
-        path = _fetch(str(path_or_name))
-    if path.is_dir() and store.is_stored(path):
-        config, params, tokenizer, name, print_ = store.read_folder(path, dtype)
-        checkpoint = Checkpoint(config, params, tokenizer, name, print_, path)
-    elif path.suffix == ".gguf" and path.is_file():
-        source = GGUFSource(path)
-        params = load_params(source.config, source, dtype)
-        checkpoint = Checkpoint(source.config, params, source.tokenizer(), path.stem, fingerprint(params), path.parent)
-    else:
-        raise InputError(f"{path_or_name} is no model; known names: {', '.join(KNOWN_MODELS)}")
-    if checkpoint.tokenizer is not None:
-        check_fits(checkpoint.tokenizer, checkpoint.config.vocab_size)
-    return checkpoint
-
-
-def _fetch(name: str) -> Path:
-    folder = cache_folder() / name
-    if not store.is_stored(folder):
-        checkpoint = load(KNOWN_MODELS[name]())
-        save(folder, checkpoint.config, checkpoint.params, checkpoint.tokenizer, name, overwrite=True)
-    return folder
+    path = _locate(path_or_name)
+    source = _open(path)
+    chosen = _tokenizer(source, tokenizer)
+    params = load_params(source, dtype)
+    folder = path if path.is_dir() else path.parent
+    return Checkpoint(source.config, params, chosen, source.name, _fingerprint(source, params), folder)
 
 
 def save(
@@ -86,6 +79,7 @@ def save(
     tokenizer: Tokenizer | None,
     name: str,
     *,
+    source: str = "",
     overwrite: bool = False,
 ) -> Checkpoint:
     """Saves a model in our own format; the folder appears whole or not at all.
@@ -93,9 +87,10 @@ def save(
     Args:
         folder: a folder that is new or empty.
         config: the configuration.
-        params: the parameter tree.
+        params: the parameter tree; an NNX state or linen dict with the same paths is fine too.
         tokenizer: the tokenizer, or None.
         name: what reports call the model.
+        source: where the weights came from, for the record.
         overwrite: replace what is there.
 
     Returns:
@@ -104,5 +99,136 @@ def save(
     Raises:
         InputError: the folder is not empty or cannot be written, or the disk is full.
     """
-    print_ = store.write_folder(folder, config, params, tokenizer, name, overwrite=overwrite)
+    print_ = write_folder(folder, config, params, tokenizer, name, source=source, overwrite=overwrite)
     return Checkpoint(config, params, tokenizer, name, print_, Path(folder))
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: Any = None,
+    to: Literal["jaxsparse", "hugging_face"] = "jaxsparse",
+    tokenizer: str | Path | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Converts a model of any format that `load` knows.
+
+    Args:
+        source: as `path_or_name` of `load`.
+        out: a folder that is new or empty.
+        dtype: float32, bfloat16 or float16; None keeps what the files have.
+        to: our own format, or Hugging Face's.
+        tokenizer: as in `load`.
+        name: what reports call the model; None: its file's or folder's name.
+        overwrite: replace what is there.
+
+    Returns:
+        The converted checkpoint.
+
+    Raises:
+        InputError: as `load`; or `out` is not empty or cannot be written.
+    """
+    if to not in ("jaxsparse", "hugging_face"):
+        raise InputError(f"to must be 'jaxsparse' or 'hugging_face', not {to!r}")
+    check_writable(out)
+    checkpoint = load(source, dtype=dtype, tokenizer=tokenizer)
+    checkpoint = dataclasses.replace(checkpoint, name=name or checkpoint.name)
+    if to == "hugging_face":
+        return export_hugging_face(out, checkpoint, overwrite=overwrite)
+    parts = (checkpoint.config, checkpoint.params, checkpoint.tokenizer, checkpoint.name)
+    return save(out, *parts, source=str(source), overwrite=overwrite)
+
+
+def export_hugging_face(
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Writes a model as Hugging Face lays it out; the folder appears whole or not at all.
+
+    Args:
+        folder: a folder that is new or empty.
+        checkpoint: the model.
+        max_shard_size: largest weights file in bytes (Hugging Face's 5 GB).
+        overwrite: replace what is there.
+
+    Returns:
+        The checkpoint, with its new folder.
+
+    Raises:
+        InputError: the folder is not empty or cannot be written, or the disk is full.
+    """
+    parts = (checkpoint.config, checkpoint.params, checkpoint.tokenizer)
+    write_hugging_face(folder, *parts, max_shard_size=max_shard_size, overwrite=overwrite)
+    return dataclasses.replace(checkpoint, folder=Path(folder))
+
+
+def _locate(path_or_name: str | Path) -> Path:
+    path, name = Path(path_or_name), str(path_or_name)
+    if path.exists():
+        return path
+    if name in KNOWN_MODELS:
+        return _fetch(name)
+    raise InputError(
+        f"there is no file or folder {name}, and no model is known by that name; known: {', '.join(KNOWN_MODELS)}"
+    )
+
+
+def _fetch(name: str) -> Path:
+    folder = cache_folder() / name
+    with _lock(folder):
+        if not is_stored(folder):
+            convert(KNOWN_MODELS[name](), folder, name=name, overwrite=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Lets one process at a time fetch and convert; the others then find it done."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open(path: Path) -> TensorSource:
+    if path.is_dir():
+        if is_stored(path):
+            return StoredSource(path)
+        if is_hugging_face(path):
+            return HuggingFaceSource(path)
+        raise InputError(f"{path} is no model folder: it has neither our metadata.json nor Hugging Face's config.json")
+    if path.suffix == ".gguf":
+        return GGUFSource(path)
+    if path.suffix == ".bin":
+        return Llama2cSource(path)
+    raise InputError(f"{path} is no model; give a model folder, a .gguf file or a llama2.c .bin file")
+
+
+def _tokenizer(source: TensorSource, given: str | Path | None) -> Tokenizer | None:
+    """Returns the tokenizer, and checks that it fits before any weight is read."""
+    if given is None:
+        tokenizer = source.tokenizer()
+    elif Path(given).suffix == ".bin":
+        tokenizer = tokenizer_from_llama2c(given)
+    else:
+        tokenizer = Tokenizer.load(given)
+    if tokenizer is not None:
+        check_fits(tokenizer, source.config.vocab_size)
+    return tokenizer
+
+
+def _fingerprint(source: TensorSource, params: Any) -> str:
+    if isinstance(source, StoredSource):
+        dtypes = {path: leaf.dtype.name for path, leaf in flatten_with_paths(params)[0]}
+        if dtypes == {path: spec.dtype for path, spec in source.tensors.items()}:
+            return source.fingerprint  # verified tensor by tensor while loading
+    return fingerprint(params)

@@ -11,7 +11,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.data.tokenizer_formats import tokenizer_from_gguf
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import LlamaConfig, RopeScaling
-from jaxsparse.models.layouts import Parameter
+from jaxsparse.models.layouts import Parameter, parameters_of
 from jaxsparse.models.sources import TensorSpec
 
 __all__ = ["GGUFSource"]
@@ -33,11 +33,7 @@ _NAMES = {
 }
 
 _Type = gguf.GGMLQuantizationType
-_PLAIN: dict[Any, np.dtype[Any]] = {
-    _Type.F32: np.dtype("float32"),
-    _Type.F16: np.dtype("float16"),
-    _Type.BF16: jnp.dtype("bfloat16"),
-}
+_PLAIN = {_Type.F32: "float32", _Type.F16: "float16", _Type.BF16: "bfloat16"}
 
 # LLaMA 3.1's frequencies are scaled by this tensor; the formula behind it is in RopeScaling.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -57,6 +53,7 @@ class GGUFSource:
 
     def __init__(self, path: str | Path):
         self.where = str(path)
+        self.name = Path(path).stem
         try:
             # The library maps the file; only the header's pages are touched here.
             reader = gguf.GGUFReader(path)
@@ -70,6 +67,7 @@ class GGUFSource:
             for name, tensor in self._tensors.items()
         }
         self.config = self._config()
+        self.parameters = parameters_of(self.config)
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer that the file describes."""
@@ -90,7 +88,7 @@ class GGUFSource:
         ).reshape(stop - start, row_bytes)
         shape = (stop - start, *tensor.shape[:-1][::-1].tolist())
         if tensor.tensor_type in _PLAIN:
-            return rows.view(_PLAIN[tensor.tensor_type]).reshape(shape)
+            return rows.view(jnp.dtype(_PLAIN[tensor.tensor_type])).reshape(shape)
         return gguf.quants.dequantize(rows, tensor.tensor_type).reshape(shape)
 
     def _config(self) -> LlamaConfig:
@@ -144,7 +142,7 @@ class GGUFSource:
             raise InputError(f"{self.where}: the metadata has no llama.{key}")
         return self.metadata[f"llama.{key}"]
 
-    def _dtype(self, tensor: Any) -> np.dtype:
+    def _dtype(self, tensor: Any) -> str:
         kind = tensor.tensor_type
         if kind in _PLAIN:
             return _PLAIN[kind]
@@ -155,7 +153,7 @@ class GGUFSource:
             raise InputError(
                 f"{self.where}: tensor {tensor.name} is quantised as {kind.name}, which is not supported"
             ) from error
-        return np.dtype(np.float32)
+        return "float32"
 
 
 def _shortest(value: float) -> float:

@@ -1,19 +1,21 @@
 """The parameters of each model family: path, shape, and how other people's files hold them."""
 
-from dataclasses import dataclass
+import dataclasses
+from typing import Any
 
 from jaxsparse.models.configs import Config, GPT2Config, LlamaConfig
 
 __all__ = ["Parameter", "parameters_of"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Parameter:
     """One tensor of a parameter tree.
 
     Attributes:
         path: its path, as `layers/self_attn/q_proj/kernel`; layers are stacked on axis 0.
         shape: its shape.
+        stacked: axis 0 counts layers, which files hold one by one.
         transposed: files hold a layer's kernel as (out, in); ours are (in, out).
         rotary_heads: the number of heads where its outputs are rotated, else 0. GGUF and llama2.c
             interleave the two halves of each such head.
@@ -21,13 +23,9 @@ class Parameter:
 
     path: str
     shape: tuple[int, ...]
+    stacked: bool = False
     transposed: bool = False
     rotary_heads: int = 0
-
-    @property
-    def stacked(self) -> bool:
-        """Whether axis 0 counts layers."""
-        return self.path.startswith("layers/")
 
     @property
     def layers(self) -> range:
@@ -39,6 +37,10 @@ class Parameter:
         """The shape of one layer's tensor in the files."""
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
+
+    def as_held(self) -> "Parameter":
+        """Returns the parameter for files that hold it just as the tree does."""
+        return Parameter(self.path, self.shape)
 
 
 def parameters_of(config: Config) -> list[Parameter]:
@@ -57,19 +59,22 @@ def _llama(config: LlamaConfig) -> list[Parameter]:
     layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
+    def layer(name: str, *shape: int, **how: Any) -> Parameter:
+        return Parameter(f"layers/{name}", (layers, *shape), stacked=True, **how)
+
     def linear(name: str, in_: int, out: int, bias: bool, heads: int = 0) -> list[Parameter]:
-        kernel = Parameter(f"layers/{name}/kernel", (layers, in_, out), True, heads)
-        return [kernel, Parameter(f"layers/{name}/bias", (layers, out), False, heads)] if bias else [kernel]
+        kernel = layer(f"{name}/kernel", in_, out, transposed=True, rotary_heads=heads)
+        return [kernel, layer(f"{name}/bias", out, rotary_heads=heads)] if bias else [kernel]
 
     attention, mlp = config.attention_bias, config.mlp_bias
     return [
         Parameter("embed_tokens/embedding", (config.vocab_size, width)),
-        Parameter("layers/input_layernorm/scale", (layers, width)),
+        layer("input_layernorm/scale", width),
         *linear("self_attn/q_proj", width, queries, attention, config.num_heads),
         *linear("self_attn/k_proj", width, keys, attention, config.num_kv_heads),
         *linear("self_attn/v_proj", width, keys, attention),
         *linear("self_attn/o_proj", queries, width, attention),
-        Parameter("layers/post_attention_layernorm/scale", (layers, width)),
+        layer("post_attention_layernorm/scale", width),
         *linear("mlp/gate_proj", width, inner, mlp),
         *linear("mlp/up_proj", width, inner, mlp),
         *linear("mlp/down_proj", inner, width, mlp),
@@ -81,24 +86,27 @@ def _llama(config: LlamaConfig) -> list[Parameter]:
 def _gpt2(config: GPT2Config) -> list[Parameter]:
     layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
 
-    def norm(path: str, *shape: int) -> list[Parameter]:
-        return [Parameter(f"{path}/scale", shape), Parameter(f"{path}/bias", shape)]
+    def layer(name: str, *shape: int) -> Parameter:
+        return Parameter(f"layers/{name}", (layers, *shape), stacked=True)
+
+    def norm(name: str) -> list[Parameter]:
+        return [layer(f"{name}/scale", width), layer(f"{name}/bias", width)]
 
     def linear(name: str, in_: int, out: int) -> list[Parameter]:
         # Hugging Face's Conv1D is (in, out), as ours.
-        path = f"layers/{name}"
-        return [Parameter(f"{path}/kernel", (layers, in_, out)), Parameter(f"{path}/bias", (layers, out))]
+        return [layer(f"{name}/kernel", in_, out), layer(f"{name}/bias", out)]
 
     return [
         Parameter("wte/embedding", (config.vocab_size, width)),
         Parameter("wpe/embedding", (config.max_position_embeddings, width)),
-        *norm("layers/ln_1", layers, width),
+        *norm("ln_1"),
         *linear("attn/c_attn", width, 3 * width),
         *linear("attn/c_proj", width, width),
-        *norm("layers/ln_2", layers, width),
+        *norm("ln_2"),
         *linear("mlp/c_fc", width, inner),
         *linear("mlp/c_proj", inner, width),
-        *norm("ln_f", width),
+        Parameter("ln_f/scale", (width,)),
+        Parameter("ln_f/bias", (width,)),
         *_head(config),
     ]
 

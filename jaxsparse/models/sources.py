@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import Config
-from jaxsparse.models.layouts import Parameter, parameters_of
+from jaxsparse.models.layouts import Parameter
 
 __all__ = ["DTYPES", "TensorSource", "TensorSpec", "check_tensors", "load_params", "nest", "parse_dtype"]
 
@@ -20,36 +21,48 @@ __all__ = ["DTYPES", "TensorSource", "TensorSpec", "check_tensors", "load_params
 DTYPES = ("float32", "bfloat16", "float16")
 
 # How much of a tensor is on the host at a time; the rest is in the file or already in place.
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor in a file, as it will be read."""
+    """Shape and dtype (its name) of a tensor in a file, as it will be read."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: str
 
 
 class TensorSource(Protocol):
-    """A file or folder of tensors.
+    """A model in some file format.
 
     Attributes:
         where: what messages call it.
+        name: what reports call the model.
+        config: the model's configuration.
+        parameters: the model's parameters, described as this format holds them.
         tensors: every tensor that matters, by the name it has there.
         interleaved: heads are held for interleaved RoPE; ours rotate halves.
     """
 
     where: str
+    name: str
+    parameters: list[Parameter]
     tensors: dict[str, TensorSpec]
     interleaved: bool
+
+    @property
+    def config(self) -> Config: ...  # noqa: D102 - a property, so that a source may promise one family
 
     def name_of(self, parameter: Parameter, layer: int) -> str:
         """Returns the name of one layer's tensor."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns the rows from `start` to `stop` along axis 0."""
+        """Returns the rows from `start` to `stop` along axis 0; called for each tensor in order."""
+        ...
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Returns the model's tokenizer, or None where the files have none."""
         ...
 
 
@@ -94,11 +107,10 @@ def nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def load_params(config: Config, source: TensorSource, dtype: Any = None) -> dict[str, Any]:
+def load_params(source: TensorSource, dtype: Any = None) -> dict[str, Any]:
     """Reads a whole model; the host holds one block of one tensor beside what is in place already.
 
     Args:
-        config: the model's configuration.
         source: where its tensors are.
         dtype: float32, bfloat16 or float16; None keeps what the file has.
 
@@ -108,25 +120,23 @@ def load_params(config: Config, source: TensorSource, dtype: Any = None) -> dict
     Raises:
         InputError: a tensor is missing, is one too many, or has another shape or an unusable dtype.
     """
-    parameters = parameters_of(config)
-    check_tensors(parameters, source)
+    check_tensors(source)
     # Largest first, so that whatever is needed on the side is needed while little is in place.
-    by_size = sorted(parameters, key=lambda parameter: -math.prod(parameter.shape))
+    by_size = sorted(source.parameters, key=lambda parameter: -math.prod(parameter.shape))
     loaded = {parameter.path: _load_parameter(parameter, source, dtype) for parameter in by_size}
-    return nest((parameter.path, loaded[parameter.path]) for parameter in parameters)
+    return nest((parameter.path, loaded[parameter.path]) for parameter in source.parameters)
 
 
-def check_tensors(parameters: Sequence[Parameter], source: TensorSource) -> None:
+def check_tensors(source: TensorSource) -> None:
     """Checks that a source has exactly the tensors that a model needs, before any is read.
 
     Args:
-        parameters: what the model needs.
-        source: what there is.
+        source: the model.
 
     Raises:
         InputError: names the first tensor that is missing, surplus, of another shape or not of floats.
     """
-    expected = {source.name_of(p, layer): p.file_shape for p in parameters for layer in p.layers}
+    expected = {source.name_of(p, layer): p.file_shape for p in source.parameters for layer in p.layers}
     missing = [name for name in expected if name not in source.tensors]
     if missing:
         raise InputError(f"{source.where}: tensor {missing[0]} is missing{_and_more(missing)}")
@@ -140,7 +150,7 @@ def check_tensors(parameters: Sequence[Parameter], source: TensorSource) -> None
         found = source.tensors[name]
         if found.shape != shape:
             raise InputError(f"{source.where}: tensor {name} should have shape {shape}, has {found.shape}")
-        if found.dtype.name not in DTYPES:
+        if found.dtype not in DTYPES:
             raise InputError(f"{source.where}: tensor {name} has dtype {found.dtype}; supported: {', '.join(DTYPES)}")
 
 
@@ -150,7 +160,7 @@ def _and_more(names: Sequence[str]) -> str:
 
 def _load_parameter(parameter: Parameter, source: TensorSource, dtype: Any) -> jax.Array:
     names = [source.name_of(parameter, layer) for layer in parameter.layers]
-    found = {source.tensors[name].dtype for name in names}
+    found = (jnp.dtype(source.tensors[name].dtype) for name in names)
     target = functools.reduce(jnp.promote_types, found) if dtype is None else parse_dtype(dtype)
     # Filled in place on the device: arrays that merely borrow NumPy's memory cannot be donated later.
     values = jnp.zeros(parameter.shape, target)

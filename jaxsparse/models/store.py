@@ -9,24 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import atomic_folder, atomic_write_text, check_writable
-from jaxsparse.common.fingerprints import combine_checksums, tensor_checksum
+from jaxsparse.common.files import atomic_folder, atomic_write_text, check_writable, read_json
+from jaxsparse.common.fingerprints import StreamedChecksum, combine_checksums, tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import Config, config_from_json
 from jaxsparse.models.layouts import Parameter, parameters_of
-from jaxsparse.models.sources import nest, parse_dtype
+from jaxsparse.models.sources import TensorSpec, nest
 
-__all__ = ["FORMAT_VERSION", "is_stored", "read_folder", "write_folder"]
+__all__ = ["FORMAT_VERSION", "StoredSource", "is_stored", "write_folder"]
 
 FORMAT_VERSION = 1
 
 _METADATA = "metadata.json"
+_PARAMS = "params"
 
 # Small enough that decoding a chunk needs little memory beside the array it lands in.
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 22
 
 
 def is_stored(folder: Path) -> bool:
@@ -90,89 +92,98 @@ def write_folder(
         atomic_write_text(temporary / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
         if tokenizer is not None:
             tokenizer.save(temporary)
-        _write_params(temporary / "params", leaves)
+        _write_params(temporary / _PARAMS, leaves)
         atomic_write_text(temporary / _METADATA, json.dumps(description, indent=2))
     return fingerprint
 
 
 def _write_params(folder: Path, leaves: list[tuple[str, Any]]) -> None:
     tree = nest(leaves)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    save_args = jax.tree.map(_save_args, tree)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree, save_args=save_args))
     except ValueError as error:  # tensorstore's spelling of an OSError
         raise InputError(f"cannot write {folder}: {_last_line(error)}") from error
+
+
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    # Without the hint a stack of matrices is cut across its rows, and reading layer by layer would decode
+    # every chunk again for each layer.
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def read_folder(folder: str | Path, dtype: Any = None) -> tuple[Config, dict[str, Any], Tokenizer | None, str, str]:
-    """Reads a checkpoint, tensor by tensor, and verifies the checksum of each.
+class StoredSource:
+    """A folder that `write_folder` made; every tensor's checksum is verified as it is read.
 
     Args:
-        folder: a folder that `write_folder` made.
-        dtype: float32, bfloat16 or float16 to convert to; None keeps what was stored.
-
-    Returns:
-        Configuration, parameters, tokenizer or None, name, and the fingerprint of the parameters returned.
+        folder: the folder.
 
     Raises:
-        InputError: a file is missing or malformed, or a tensor was altered.
+        InputError: a file is missing or malformed.
     """
-    folder = Path(folder)
-    description = _read_json(folder / _METADATA)
-    if description.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder} has format version {description.get('format_version')!r}; this jaxsparse reads {FORMAT_VERSION}"
-        )
-    config = config_from_json(_read_json(folder / "config.json"))
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    parameters = parameters_of(config)
-    stored = description.get("tensors", {})
-    if {p.path: p.shape for p in parameters} != {path: tuple(spec["shape"]) for path, spec in stored.items()}:
-        raise InputError(f"{folder}: the tensors of metadata.json are not those of config.json")
-    target = None if dtype is None else parse_dtype(dtype)
-    loaded: dict[str, jax.Array] = {}
-    checksums: dict[str, str] = {}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        # Largest first, so that whatever is needed on the side is needed while little is in place.
-        for parameter in sorted(parameters, key=lambda p: -int(np.prod(p.shape))):
-            path = parameter.path
-            leaf = _read_tensor(checkpointer, folder / "params", parameter, stored[path]["dtype"])
-            checksums[path] = tensor_checksum(leaf)
-            if checksums[path] != stored[path]["checksum"]:
-                raise InputError(f"{folder}: tensor {path} is not what was saved: its checksum differs")
-            if target is not None and target != leaf.dtype:
-                leaf = leaf.astype(target)
-                checksums[path] = tensor_checksum(leaf)
-            loaded[path] = leaf
-    params = nest((parameter.path, loaded[parameter.path]) for parameter in parameters)
-    return config, params, tokenizer, str(description["name"]), combine_checksums(checksums.items())
+
+    interleaved = False
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.where = str(folder)
+        description = read_json(self.folder / _METADATA)
+        version = description.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"{folder} has format version {version!r}; this jaxsparse reads {FORMAT_VERSION}")
+        try:
+            self.name = str(description["name"])
+            stored = description["tensors"].items()
+            self.tensors = {path: TensorSpec(tuple(spec["shape"]), spec["dtype"]) for path, spec in stored}
+            self._checksums = {path: str(spec["checksum"]) for path, spec in stored}
+            self.fingerprint = combine_checksums(self._checksums.items())
+            if self.fingerprint != description["fingerprint"]:
+                raise ValueError("the checksums are not those of the fingerprint")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{self.folder / _METADATA} is damaged: {error!r}") from error
+        self.config = config_from_json(read_json(self.folder / "config.json"))
+        self.parameters = [parameter.as_held() for parameter in parameters_of(self.config)]
+        self._progress: dict[str, StreamedChecksum] = {}
+        # Few threads: what each of them has freed stays with this process.
+        limits = {name: {"limit": 1} for name in ("data_copy_concurrency", "file_io_concurrency")}
+        self._context = tensorstore.Context(limits)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Returns the tokenizer that was stored, or None."""
+        return Tokenizer.load(self.folder) if (self.folder / "tokenizer.json").is_file() else None
+
+    def name_of(self, parameter: Parameter, layer: int) -> str:
+        """Returns the parameter's path: layers are stacked here too."""
+        return parameter.path
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns the rows from `start` to `stop`.
+
+        Raises:
+            InputError: they cannot be read, or end a tensor that is not what was stored.
+        """
+        spec = self.tensors[name]
+        try:
+            # Orbax restores whole tensors only, with one more copy of each; blocks come from the library
+            # underneath.
+            array = _open_array(self.folder / _PARAMS, name, self._context)
+            rows: np.ndarray = array[start:stop].read().result()
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{self.where}: tensor {name} cannot be read: {_last_line(error)}") from error
+        progress = self._progress.setdefault(name, StreamedChecksum(spec.dtype, spec.shape))
+        progress.update(rows)
+        if stop == spec.shape[0] and progress.hexdigest() != self._checksums[name]:
+            raise InputError(f"{self.where}: tensor {name} is not what was saved: its checksum differs")
+        return rows
 
 
-def _read_tensor(checkpointer: ocp.PyTreeCheckpointer, folder: Path, parameter: Parameter, dtype: str) -> jax.Array:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    item = nest([(parameter.path, jax.ShapeDtypeStruct(parameter.shape, parse_dtype(dtype), sharding=here))])
-    arguments = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=here), item)
-    restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
-    try:
-        tree = checkpointer.restore(folder.absolute(), restore)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}: tensor {parameter.path} cannot be read: {_last_line(error)}") from error
-    leaf: jax.Array = jax.tree.leaves(tree)[0]
-    return leaf
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
+def _open_array(folder: Path, path: str, context: tensorstore.Context) -> tensorstore.TensorStore:
+    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+    store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".")}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=context).result()
