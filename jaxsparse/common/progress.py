@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["Advance", "progress"]
 
-Advance = Callable[[int, str], None]
+Advance = Callable[..., None]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -46,7 +46,11 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, completed=done, text="")
-        yield lambda units, text="": bar.update(task, advance=units, text=text)
+
+        def advance(units: int, text: str = "") -> None:
+            bar.update(task, advance=units, text=text)
+
+        yield advance
 
 
 def _log_lines(what: str, total: int, done: int) -> Advance:

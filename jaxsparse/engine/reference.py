@@ -116,7 +116,7 @@ def _update(
         steps, inner = description.inner.update(spread(targets, wide), carried.inner, zeros, **extra_args)
         slot_weights = [description.subspace.gather(w, s) for w, s in zip(weights, supports, strict=True)]
         commits = map(_commit, _collect(targets, steps), slot_weights, _collect(targets, carried.master))
-        moves, new_masters = zip(*commits, strict=True) if targets else ((), ())
+        moves, new_masters = map(list, zip(*commits, strict=True)) if targets else ([], [])
         masters = spread(targets, new_masters)
     finite = jnp.array([jnp.isfinite(g).all() for g in slot_gradients], bool).all()
     new_state = SubspaceState(progress, spread(targets, supports), masters, inner)
@@ -147,7 +147,8 @@ def _select(
     description: Description, old_supports: list[Array], gradients: list[Array], weights: list[Array]
 ) -> list[Array]:
     """Picks a support of the old one's size for every matrix."""
-    scored = zip(gradients, weights or [None] * len(gradients), old_supports, strict=True)
+    known_weights: Sequence[Array | None] = weights or [None] * len(gradients)
+    scored = zip(gradients, known_weights, old_supports, strict=True)
     return [matrix_topk(description.score(gradient=g, weight=w), old.shape[-1]) for g, w, old in scored]
 
 
@@ -171,9 +172,9 @@ def _advance(
 ) -> Progress:
     """Progress after a step that was taken."""
     return Progress(
-        count=optax.safe_increment(progress.count),
+        steps=optax.safe_increment(progress.steps),
         refreshes=progress.refreshes + due,
-        last_refresh=jnp.where(due, progress.count, progress.last_refresh),
+        last_refresh=jnp.where(due, progress.steps, progress.last_refresh),
         retention=retention,
         retention_mean=retention_mean,
         retention_at_refresh=jnp.where(due, retention, progress.retention_at_refresh),

@@ -1,7 +1,6 @@
 """Training by the reference engine: one jitted step from a batch to new weights."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.engine.description import SubspaceTransformation
+from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import resolve_targets
 
 __all__ = ["ReferenceTuner", "StepMetrics", "TunerState"]
@@ -79,7 +79,8 @@ class ReferenceTuner:
         if not isinstance(method, SubspaceTransformation) or method.description.inner is None:
             raise TypeError(
                 "a tuner wants the result of a constructor with an inner optimizer, "
-                "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: js.gasdu(optax.chain(optax.clip_by_global_norm(1.0), ...), ...)"
+                "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: "
+                "js.gasdu(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)), density=1e-4)"
             )
         self.loss_fn = loss_fn
         self.method = method
@@ -130,18 +131,17 @@ class ReferenceTuner:
             (loss, aux), gradients = value_and_grad(targets, batch)
             return loss, aux["tokens"], gradients
 
-        def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
+        def add(sums: Any, micro_batch: Any) -> tuple[Any, Array]:
             (loss, aux), gradients = value_and_grad(targets, micro_batch)
-            weighted = jax.tree.map(
-                lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) * aux["tokens"], (loss, gradients)
-            )
-            return jax.tree.map(jnp.add, sums, (*weighted, aux["tokens"])), None
+            sums = jax.tree.map(lambda total, leaf: total + leaf * aux["tokens"], sums, (loss, gradients))
+            return sums, aux["tokens"]
 
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulate, -1, *leaf.shape[1:]), batch)
-        zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), (jnp.zeros(()), targets, jnp.zeros(())))
-        (loss, gradients, tokens), _ = jax.lax.scan(add, zeros, split)
-        count = jnp.maximum(tokens, 1)
-        return loss / count, tokens, [(g / count).astype(t.dtype) for g, t in zip(gradients, targets, strict=True)]
+        zeros = jnp.zeros(()), [jnp.zeros(leaf.shape, score_dtype(leaf.dtype)) for leaf in targets]
+        (loss, gradients), tokens = jax.lax.scan(add, zeros, split)
+        count = jnp.maximum(jnp.sum(tokens), 1)
+        gradients = [(g / count).astype(t.dtype) for g, t in zip(gradients, targets, strict=True)]
+        return loss / count, jnp.sum(tokens), gradients
 
 
 def _replace(leaves: list[Any], positions: list[int], values: list[Any]) -> list[Any]:

@@ -63,8 +63,8 @@ def options_class(method: str) -> type:
     for parameter in inspect.signature(constructor).parameters.values():
         if parameter.name in _COMMON:
             continue
-        written = _WRITTEN.get(parameter.annotation, parameter.annotation)
-        annotation = Annotated[written, tyro.conf.arg(help=help_texts[parameter.name])]
+        written: Any = _WRITTEN.get(parameter.annotation, parameter.annotation)
+        annotation: Any = Annotated[written, tyro.conf.arg(help=help_texts[parameter.name])]
         fields.append((parameter.name, annotation, dataclasses.field(default=parameter.default)))
     options = dataclasses.make_dataclass(f"{method}_options", fields, frozen=True)
     options.__doc__ = f"{method}: {described.short_description}"

@@ -26,7 +26,7 @@ class Progress(NamedTuple):
     """How far a run is, and how well its supports fit; part of every method's state.
 
     Attributes:
-        count: optimizer steps taken; skipped steps do not count.
+        steps: optimizer steps taken; skipped ones do not count.
         refreshes: how often a support was picked, the first time included.
         last_refresh: the step of the last refresh; -1 before the first.
         retention: ||masked g||^2 / ||g||^2 over all targets at the last step (GASDU, equation 4).
@@ -35,7 +35,7 @@ class Progress(NamedTuple):
         skipped: steps left out because a slot's gradient was NaN or infinite.
     """
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     refreshes: Int[Array, ""]
     last_refresh: Int[Array, ""]
     retention: Float[Array, ""]
@@ -73,8 +73,8 @@ class Every:
 
     def due(self, progress: Progress) -> Bool[Array, ""]:
         """Returns whether this step picks."""
-        period = self.period(progress.count) if callable(self.period) else self.period
-        return (progress.last_refresh < 0) | (progress.count - progress.last_refresh >= jnp.maximum(period, 1))
+        period = self.period(progress.steps) if callable(self.period) else self.period
+        return (progress.last_refresh < 0) | (progress.steps - progress.last_refresh >= jnp.maximum(period, 1))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Adaptive:
 
     def due(self, progress: Progress) -> Bool[Array, ""]:
         """Returns whether this step picks."""
-        age = progress.count - progress.last_refresh
+        age = progress.steps - progress.last_refresh
         fallen = progress.retention < self.threshold * progress.retention_at_refresh
         return (progress.last_refresh < 0) | ((age >= self.minimum) & fallen) | (age >= self.maximum)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grain
@@ -71,7 +72,7 @@ def train(
         reporter = Reporter(writer, totals, rate, advance)
         for step in range(start + 1, steps + 1):
             batch = next(data)
-            reporter.step(step, batch, lambda batch=batch: take(batch))
+            reporter.step(step, batch, partial(take, batch))
             if step < steps and _due(run, step, last_save):
                 reporter.flush()
                 current = {path: leaf for path, leaf in flatten_with_paths(state.params)[0] if path in moving}

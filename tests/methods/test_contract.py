@@ -176,7 +176,7 @@ def test_multi_steps_emits_nothing_until_the_last_micro_batch(
             )
             params = optax.apply_updates(params, updates)
     # A step is an optimizer step: micro-batches do not count.
-    assert int(state.inner_opt_state.progress.count) == 2
+    assert int(state.inner_opt_state.progress.steps) == 2
 
 
 @rows
