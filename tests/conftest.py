@@ -1,10 +1,20 @@
 """Fixtures that all tests share."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tokenizers
+
+from jaxsparse.data.arithmetic import generate_problems
+from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.models.checkpoints import save
+from jaxsparse.models.configs import LlamaConfig
+from jaxsparse.models.functional import LanguageModel
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +33,50 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     request.node.user_properties.append(("seed", seed))
     print(f"JAXSPARSE_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LLaMA of random weights (2 layers, grouped queries) and a tokenizer of words."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of arithmetic problems: 48 to train on, 8 held out."""
+    folder, files = tmp_path_factory.mktemp("problems"), {}
+    for split, count in (("train", 48), ("held_out", 8)):
+        files[split] = folder / f"{split}.json"
+        rows = [dataclasses.asdict(row) for row in generate_problems(count, split=split, seed=1)]
+        files[split].write_text(json.dumps(rows, indent=1))
+    return files
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """Makes the model of `tiny_model`; a function, so that other processes can too."""
+    texts = [row.instruction + " " + row.answer for row in generate_problems(500, split="train", seed=0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = Tokenizer(backend, eos_id=0, stop_ids=(0,))
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+    )
+    params = LanguageModel(config).init(jax.random.key(0))
+    save(folder, config, params, tokenizer, "tiny")
+    return folder

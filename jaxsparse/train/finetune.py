@@ -102,7 +102,11 @@ def _steps(config: FinetuneConfig, examples: Sequence[Example]) -> int:
         raise InputError(f"{name} must be positive, got {value}")
     if steps is not None:
         return steps
-    return math.ceil(value * steps_per_epoch(examples, seed=config.run.seed, **_batching(config.rows)))
+    lengths = (
+        min(value - epoch, 1) * steps_per_epoch(examples, seed=config.run.seed, epoch=epoch, **_batching(config.rows))
+        for epoch in range(math.ceil(value))
+    )
+    return math.ceil(sum(lengths))
 
 
 def _measured(
