@@ -17,6 +17,7 @@ __all__ = [
     "atomic_write_text",
     "check_writable",
     "clear_write_errors",
+    "make_shareable",
     "read_json",
 ]
 
@@ -45,11 +46,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _readable_by_others(path: str, folder: bool = False) -> None:
-    """Gives what `tempfile` made for its owner alone the permissions of an ordinary new file or folder."""
+def make_shareable(path: str | os.PathLike[str]) -> None:
+    """Gives what a library made for its owner alone the permissions of an ordinary new file or folder.
+
+    Args:
+        path: the file or folder.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, (0o777 if folder else 0o666) & ~mask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -78,7 +83,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            _readable_by_others(temporary)
+            make_shareable(temporary)
             os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -132,7 +137,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            _readable_by_others(str(temporary), folder=True)
+            make_shareable(temporary)
             yield temporary
             for file in temporary.rglob("*"):
                 _sync(file)

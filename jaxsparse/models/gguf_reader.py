@@ -1,5 +1,6 @@
 """GGUF files in: LLaMA-type models, any quantisation that the `gguf` library can undo."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxsparse.data.tokenizer_formats import tokenizer_from_gguf
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import LlamaConfig, RopeScaling
 from jaxsparse.models.layouts import Parameter, parameters_of
+from jaxsparse.models.rotary import frequencies
 from jaxsparse.models.sources import TensorSpec
 
 __all__ = ["GGUFSource"]
@@ -35,7 +37,7 @@ _NAMES = {
 _Type = gguf.GGMLQuantizationType
 _PLAIN = {_Type.F32: "float32", _Type.F16: "float16", _Type.BF16: "bfloat16"}
 
-# LLaMA 3.1's frequencies are scaled by this tensor; the formula behind it is in RopeScaling.
+# What LLaMA 3.1's frequencies are divided by.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
@@ -66,7 +68,7 @@ class GGUFSource:
             name: TensorSpec(tuple(tensor.shape[::-1].tolist()), self._dtype(tensor))
             for name, tensor in self._tensors.items()
         }
-        self.config = self._config()
+        self.config = self._with_rope_frequencies(self._config())
         self.parameters = parameters_of(self.config)
 
     def tokenizer(self) -> Tokenizer:
@@ -128,11 +130,18 @@ class GGUFSource:
             return RopeScaling("linear", _shortest(self._required("rope.scaling.factor")))
         if kind != "none":
             raise InputError(f"{self.where}: RoPE scaling {kind!r} is not supported; supported: 'linear'")
+        return None
+
+    def _with_rope_frequencies(self, config: LlamaConfig) -> LlamaConfig:
+        """Returns the configuration with the scaling that stands in the file as a tensor of divisors."""
         if self._rope_frequencies is None:
-            return None
-        # The divisors of the frequencies; every LLaMA since 3.1 has these constants, and the largest divisor
-        # is the factor.
-        return RopeScaling("llama3", float(self._rope_frequencies.max()), 1.0, 4.0, 8192)
+            return config
+        # Every LLaMA since 3.1 has these constants; the largest divisor is the factor.
+        scaling = RopeScaling("llama3", float(self._rope_frequencies.max()), 1.0, 4.0, 8192)
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
+        if not np.allclose(frequencies(config) / self._rope_frequencies, frequencies(scaled), rtol=1e-5):
+            raise InputError(f"{self.where}: {_ROPE_FREQUENCIES} is not the RoPE scaling of any LLaMA known here")
+        return scaled
 
     def _optional(self, key: str, default: Any) -> Any:
         return self.metadata.get(f"llama.{key}", default)

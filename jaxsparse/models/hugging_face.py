@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import atomic_folder, atomic_write_text, check_writable, read_json
+from jaxsparse.common.files import atomic_folder, atomic_write_text, check_writable, make_shareable, read_json
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import Config, LlamaConfig, config_from_hugging_face, config_to_hugging_face
@@ -176,6 +176,7 @@ def write_hugging_face(
                 save_file(arrays, temporary / file, metadata={"format": "pt"})
             except SafetensorError as error:  # the library's spelling of an OSError
                 raise InputError(f"cannot write {folder}: {error}") from error
+            make_shareable(temporary / file)
             index |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             total = {"total_size": sum(leaf.nbytes for leaf in leaves.values())}

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class TensorSpec:
     dtype: str
 
 
+@runtime_checkable
+@runtime_checkable
 class TensorSource(Protocol):
     """A model in some file format.
 
