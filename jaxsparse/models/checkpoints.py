@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import check_writable
@@ -108,7 +108,7 @@ def convert(
     out: str | Path,
     *,
     dtype: Any = None,
-    to: Literal["jaxsparse", "hugging_face"] = "jaxsparse",
+    to: str = "jaxsparse",
     tokenizer: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -119,7 +119,7 @@ def convert(
         source: as `path_or_name` of `load`.
         out: a folder that is new or empty.
         dtype: float32, bfloat16 or float16; None keeps what the files have.
-        to: our own format, or Hugging Face's.
+        to: "jaxsparse", our own format, or "hugging_face".
         tokenizer: as in `load`.
         name: what reports call the model; None: its file's or folder's name.
         overwrite: replace what is there.

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.tokenizers import Tokenizer
@@ -193,7 +194,9 @@ def _separate_halves(block: np.ndarray, heads: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))
-def _place(values: jax.Array, block: jax.Array, layer: int, start: int, stacked: bool, transposed: bool) -> jax.Array:
+def _place(
+    values: jax.Array, block: jax.Array, layer: Int[Array, ""], start: Int[Array, ""], stacked: bool, transposed: bool
+) -> jax.Array:
     offset = [start, *[0] * (block.ndim - 1)]
     if transposed:
         block, offset = block.T, offset[::-1]
