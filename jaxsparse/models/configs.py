@@ -221,11 +221,14 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> Config:
     raise InputError(f"config.json: model_type {model_type!r} is not supported; use llama, mistral or gpt2")
 
 
-def _get(fields: Mapping[str, Any], name: str) -> Any:
-    """Returns a field that every config.json has to have."""
-    if fields.get(name) is None:
+def _get(fields: Mapping[str, Any], name: str, type_: type = int, default: Any = None) -> Any:
+    """Returns a number; without a default the file has to have it."""
+    value = default if fields.get(name) is None else fields[name]
+    if value is None:
         raise InputError(f"config.json: {name} is missing")
-    return fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | type_):
+        raise InputError(f"config.json: {name} must be a number ({type_.__name__}), not {value!r}")
+    return type_(value)
 
 
 def _only(fields: Mapping[str, Any], name: str, *supported: Any) -> None:
@@ -238,33 +241,32 @@ def _only(fields: Mapping[str, Any], name: str, *supported: Any) -> None:
 def _llama_from_hugging_face(fields: Mapping[str, Any], mistral: bool) -> LlamaConfig:
     _only(fields, "hidden_act", "silu", "swish")
     hidden_size, num_heads = _get(fields, "hidden_size"), _get(fields, "num_attention_heads")
-    head_dim = fields.get("head_dim")
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise InputError(
-                f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
-            )
-        head_dim = hidden_size // num_heads
-    num_kv_heads = fields.get("num_key_value_heads", 8 if mistral else None)
-    max_positions = fields.get("max_position_embeddings", 4096 * 32 if mistral else 2048)
+    if num_heads < 1 or (fields.get("head_dim") is None and hidden_size % num_heads):
+        raise InputError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    max_positions = _get(fields, "max_position_embeddings", default=4096 * 32 if mistral else 2048)
     rope_theta, rope_scaling = _rope_from_hugging_face(fields, max_positions)
+    # Mistral 0.1 had a window of 4096; later ones say null.
+    window = fields.get("sliding_window", 4096) if mistral else None
     return LlamaConfig(
         vocab_size=_get(fields, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_get(fields, "intermediate_size"),
         num_layers=_get(fields, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-        head_dim=head_dim,
+        # Without the field LLaMA has as many as heads and Mistral 8; null means as many as heads in both.
+        num_kv_heads=8
+        if mistral and "num_key_value_heads" not in fields
+        else _get(fields, "num_key_value_heads", default=num_heads),
+        head_dim=_get(fields, "head_dim", default=hidden_size // num_heads),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_get(fields, "rms_norm_eps", float, 1e-6),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        # Mistral has neither; LLaMA ignores a sliding window.
+        # Mistral's class has neither, whatever the file says.
         attention_bias=not mistral and bool(fields.get("attention_bias", False)),
         mlp_bias=not mistral and bool(fields.get("mlp_bias", False)),
         max_position_embeddings=max_positions,
-        sliding_window=fields.get("sliding_window", 4096) if mistral else None,
+        sliding_window=None if window is None else _get({"sliding_window": window}, "sliding_window"),
     )
 
 
@@ -272,22 +274,21 @@ def _rope_from_hugging_face(fields: Mapping[str, Any], max_positions: int) -> tu
     """Returns the rotary base and scaling from either spelling."""
     rope = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
     _only(rope, "partial_rotary_factor", 1.0)
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    theta = 1e4 if theta is None else float(theta)
+    theta = _get({**fields, **rope}, "rope_theta", float, 1e4)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
         raise InputError(f"config.json: RoPE scaling {kind!r} is not supported; supported: 'linear', 'llama3'")
-    factor = float(_get(rope, "factor"))
+    factor = _get(rope, "factor", float)
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
     return theta, RopeScaling(
         "llama3",
         factor,
-        float(_get(rope, "low_freq_factor")),
-        float(_get(rope, "high_freq_factor")),
-        rope.get("original_max_position_embeddings", max_positions),
+        _get(rope, "low_freq_factor", float),
+        _get(rope, "high_freq_factor", float),
+        _get(rope, "original_max_position_embeddings", default=max_positions),
     )
 
 
@@ -297,15 +298,14 @@ def _gpt2_from_hugging_face(fields: Mapping[str, Any]) -> GPT2Config:
     _only(fields, "scale_attn_by_inverse_layer_idx", False)
     _only(fields, "add_cross_attention", False)
     hidden_size = _get(fields, "n_embd")
-    inner = fields.get("n_inner")
     return GPT2Config(
         vocab_size=_get(fields, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size if inner is None else inner,
+        intermediate_size=_get(fields, "n_inner", default=4 * hidden_size),
         num_layers=_get(fields, "n_layer"),
         num_heads=_get(fields, "n_head"),
-        max_position_embeddings=fields.get("n_positions", 1024),
-        layer_norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
+        max_position_embeddings=_get(fields, "n_positions", default=1024),
+        layer_norm_eps=_get(fields, "layer_norm_epsilon", float, 1e-5),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)),
     )
 

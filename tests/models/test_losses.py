@@ -35,7 +35,7 @@ def problem(rng, *batch, width=6, vocab=11, dtype=np.float32):
     )
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     batch=st.integers(1, 4),
     length=st.integers(1, 9),
