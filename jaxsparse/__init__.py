@@ -3,9 +3,25 @@
 Every method is an optax gradient transformation: `tx = js.gasdu(optax.adam(1e-4), density=1e-4)`.
 """
 
+import importlib
+from typing import Any
+
 from jaxsparse.common.errors import InputError as InputError
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
-from jaxsparse.methods import fixed_mask as fixed_mask
-from jaxsparse.methods import gasdu as gasdu
+from jaxsparse.methods.gasdu import fixed_mask as fixed_mask
+from jaxsparse.methods.gasdu import gasdu as gasdu
 from jaxsparse.select.schedules import adaptive as adaptive
 from jaxsparse.subspaces.targets import Target as Target
+
+# Imported on first use: who chains a method into an optax pipeline need not wait for Orbax and grain.
+_ON_DEMAND = ("data", "deltas", "evaluate", "models", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"jaxsparse.{name}")
+    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

@@ -167,8 +167,15 @@ def _as_targets(targets: str | Target | Sequence[str | Target]) -> list[Target]:
 
 
 def _unmatched(pattern: str, paths: Sequence[str]) -> InputError:
-    plain = re.sub(r"[\\^$()\[\]{}?*+|.]+", "", pattern)
-    near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths[:3])
+    """The error for a pattern without a match, with the paths whose components come nearest to its own."""
+    wanted = [part for part in re.sub(r"[\\^$()\[\]{}?*+|.]+", "", pattern).split("/") if part]
+
+    def likeness(path: str) -> float:
+        return sum(
+            max(difflib.SequenceMatcher(None, part, have).ratio() for have in path.split("/")) for part in wanted
+        )
+
+    near = sorted(paths, key=likeness, reverse=True)[:3]
     return InputError(
         f"target {pattern!r} matches no parameter (it must match the whole path); near misses: {', '.join(near)}"
     )

@@ -56,11 +56,11 @@ def finetune(config: FinetuneConfig) -> Report:
     steps = _steps(config, examples)
     method = make_method(config, base.params, steps)
     jax.eval_shape(method.init, base.params)  # complains about targets and budgets before any work is done
+    data = batches(examples, seed=run.seed, **_batching(rows))
     open_run_folder(config)
 
     before = _measured(config, "before", model, base.params, tokenizer, eval_rows)
     tuner = ReferenceTuner(model.loss, method, accumulate=rows.micro_batches)
-    data = batches(examples, seed=run.seed, **_batching(rows))
     params, base = base.params, dataclasses.replace(base, params={})  # the training takes over their memory
     state, totals = train(
         tuner, params, data, run, steps, rate=learning_rate(config.inner, steps), base_fingerprint=base.fingerprint

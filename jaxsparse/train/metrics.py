@@ -40,7 +40,7 @@ class MetricsWriter:
         if self._board is not None:
             self._board.close()
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: int | float) -> None:
         """Writes one step's metrics."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
