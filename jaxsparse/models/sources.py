@@ -22,7 +22,7 @@ __all__ = ["DTYPES", "TensorSource", "TensorSpec", "check_tensors", "load_params
 DTYPES = ("float32", "bfloat16", "float16")
 
 # How much of a tensor is on the host at a time; the rest is in the file or already in place.
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _separate_halves(block: np.ndarray, heads: int) -> np.ndarray:
 def _place(
     values: jax.Array, block: jax.Array, layer: Int[Array, ""], start: Int[Array, ""], stacked: bool, transposed: bool
 ) -> jax.Array:
-    offset = [start, *[0] * (block.ndim - 1)]
+    offset: list[Any] = [start, *[0] * (block.ndim - 1)]
     if transposed:
         block, offset = block.T, offset[::-1]
     if stacked:
