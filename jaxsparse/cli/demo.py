@@ -36,7 +36,7 @@ class DemoConfig:
     """Output folder; a demo that is there already is replaced."""
     model: str = "smollm2-135m"
     """The model: a folder, a file or a known name."""
-    steps: int = 48
+    steps: int = 40
     """Optimizer steps."""
     batch: int = 8
     """Problems per step."""
@@ -44,7 +44,7 @@ class DemoConfig:
     """Held-out problems."""
     density: float = 1e-4
     """Free coordinates / size of each matrix."""
-    refresh_every: int = 12
+    refresh_every: int = 10
     """M, optimizer steps between refreshes."""
     lr: float = 1e-3
     """Learning rate."""
