@@ -157,8 +157,8 @@ def write_hugging_face(
         InputError: the folder is not empty or cannot be written, or the disk is full.
     """
     leaves = dict(flatten_with_paths(params)[0])
+    check_writable(folder, required_bytes=sum(leaf.nbytes for leaf in leaves.values()))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        check_writable(temporary, required_bytes=sum(leaf.nbytes for leaf in leaves.values()))
         fields = {**config_to_hugging_face(config), "dtype": next(iter(leaves.values())).dtype.name}
         if tokenizer is not None:
             fields |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

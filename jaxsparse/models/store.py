@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,16 @@ def write_folder(
         "source": source,
         "versions": {package: installed.version(package) for package in ("jaxsparse", "jax", "orbax-checkpoint")},
     }
+    # Asked beforehand, as Orbax reports a full disk by pages of log; compression may need less.
+    check_writable(folder, required_bytes=sum(leaf.nbytes for _, leaf in leaves))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        check_writable(temporary, required_bytes=sum(leaf.nbytes for _, leaf in leaves) // 4)
         atomic_write_text(temporary / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
         if tokenizer is not None:
             tokenizer.save(temporary)
-        _write_params(temporary / _PARAMS, leaves)
+        try:
+            _write_params(temporary / _PARAMS, leaves)
+        except ValueError as error:  # tensorstore's spelling of an OSError
+            raise InputError(f"cannot write {folder}: {_reason(error)}") from error
         atomic_write_text(temporary / _METADATA, json.dumps(description, indent=2))
     return fingerprint
 
@@ -101,11 +106,8 @@ def _write_params(folder: Path, leaves: list[tuple[str, Any]]) -> None:
     tree = nest(leaves)
     save_args = jax.tree.map(_save_args, tree)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree, save_args=save_args))
-    except ValueError as error:  # tensorstore's spelling of an OSError
-        raise InputError(f"cannot write {folder}: {_last_line(error)}") from error
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
@@ -114,8 +116,10 @@ def _save_args(leaf: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def _reason(error: Exception) -> str:
+    """Returns what the operating system said, out of tensorstore's account of how it came to that."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return re.sub(r" \[.*", "", lines[-1]).rsplit(": ", 1)[-1]
 
 
 class StoredSource:
@@ -175,7 +179,9 @@ class StoredSource:
             array = _open_array(self.folder / _PARAMS, name, self._context)
             rows: np.ndarray = array[start:stop].read().result()
         except (ValueError, IndexError) as error:
-            raise InputError(f"{self.where}: tensor {name} cannot be read: {_last_line(error)}") from error
+            raise InputError(
+                f"{self.where}: tensor {name} cannot be read, its file is damaged or missing: {_reason(error)}"
+            ) from error
         progress = self._progress.setdefault(name, StreamedChecksum(spec.dtype, spec.shape))
         progress.update(rows)
         if stop == spec.shape[0] and progress.hexdigest() != self._checksums[name]:
