@@ -1,7 +1,7 @@
 """A method written down: the choices that both engines run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -10,15 +10,16 @@ from jaxtyping import DTypeLike
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.select.carry import Carry, check_carry
-from jaxsparse.select.schedules import Schedule
+from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import Score, score_dtype
-from jaxsparse.subspaces.budgets import Budget
-from jaxsparse.subspaces.coordinates import Coordinates
 from jaxsparse.subspaces.targets import Targets
+from jaxsparse.subspaces.units import Units
 
-__all__ = ["Description", "SlotsDType", "SubspaceTransformation"]
+__all__ = ["Description", "Scope", "Sees", "SlotsDType", "SubspaceTransformation"]
 
 SlotsDType = DTypeLike | None | Literal["promote"]
+Scope = Literal["matrix", "global"]
+Sees = Literal["zeros", "change", "weight"]
 
 
 @dataclass(frozen=True)
@@ -29,35 +30,53 @@ class Description:
         name: the constructor's name.
         inner: the optimizer of the slots; None: the method only masks gradients.
         subspace: where a weight may move.
-        score: which subspace of that kind is picked.
-        schedule: when it is picked again.
+        score: which units of the subspace are picked.
+        scope: whether units compete inside their matrix, or over all matrices.
+        schedule: when they are picked again.
         carry: what then happens to the inner optimizer's moments.
-        budget: how many slots each target gets.
         targets: which weights may move; None: the attention projections of a known model.
         slots_dtype: "promote": slots and masters are kept in promote_types(weight dtype, float32); None: in the
             weight's own dtype without masters, as the papers' code does; or a dtype.
         seed: source of all randomness of the method.
+        sees: what the inner optimizer gets as parameters: zeros, the change of the slots since they were picked,
+            or the weights themselves. Weight decay acts on that.
+        scale: the change of a weight for a change of 1 of its slot; gradients of slots are scaled alike.
+        learning_rate: if given, a step is -learning_rate(step) times what the inner optimizer says, where steps
+            are counted over the whole run; for carries that reset the inner optimizer's own count.
+        calibration_steps: so many first updates change nothing: the mean of their gradients picks the units. The
+            state then holds a dense sum.
+        given: statistics by parameter path, to be used in place of this step's: "gradient" (in the parameter's
+            shape), "activation" (stack, in), or "support", the units themselves (stack, ...).
     """
 
     name: str
     inner: optax.GradientTransformationExtraArgs | None
-    subspace: Coordinates
+    subspace: Units
     score: Score
-    schedule: Schedule
-    carry: Carry
-    budget: Budget
+    schedule: Schedule = field(default_factory=Once)
+    scope: Scope = "matrix"
+    carry: Carry = "slot"
     targets: Targets = None
     slots_dtype: SlotsDType = "promote"
     seed: Any = 0
+    sees: Sees = "zeros"
+    scale: Any = 1.0
+    learning_rate: Any = None
+    calibration_steps: int = 0
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_carry(self.carry)
+        if self.scope not in ("matrix", "global"):
+            raise InputError(f"scope must be 'matrix' or 'global', got {self.scope!r}")
         if self.inner is not None and not isinstance(self.inner, optax.GradientTransformation):
             raise TypeError(
                 f"{self.name}: the inner optimizer must be an optax.GradientTransformation, got {self.inner!r}"
             )
         if self.slots_dtype not in (None, "promote") and not jnp.issubdtype(self.slots_dtype, jnp.floating):
             raise InputError(f"slots_dtype must be a floating-point dtype, None or 'promote', got {self.slots_dtype!r}")
+        if self.calibration_steps < 0:
+            raise InputError(f"calibration_steps must not be negative, got {self.calibration_steps}")
 
     def slot_dtype(self, weight_dtype: jnp.dtype) -> jnp.dtype:
         """Returns the dtype of the slots of a weight.

@@ -13,33 +13,38 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxsparse.engine.description import Description, SubspaceTransformation
-from jaxsparse.select.carry import carry_inner_state, follow_coordinate
+from jaxsparse.engine.places import NOTHING, GlobalPlaces, MatrixPlaces, Places, is_masked, leaves_of
+from jaxsparse.engine.selection import select
+from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
-from jaxsparse.select.topk import matrix_topk
 from jaxsparse.subspaces.targets import ResolvedTarget, resolve_targets, tree_size
 
 __all__ = ["SubspaceState", "reference_engine"]
-
-# -0.0 is the number that changes nothing when it is added, +0.0 included; +0.0 would turn a frozen -0.0 to +0.0.
-_NOTHING = -0.0
 
 
 class SubspaceState(NamedTuple):
     """State of a subspace method; every tree mirrors the parameters, with `optax.MaskedNode` where nothing moves.
 
+    With scope "global" there is one support and one array of slots instead of trees.
+
     Attributes:
         progress: step counts and retention.
-        support: int32 (stack, k) flat indices of the free coordinates of each matrix; slot j holds the
-            coordinate with the j-th largest score at the last refresh.
-        master: (stack, k) values of the weights at the support in the slots' dtype, where that is wider than the
-            weight's; `optax.MaskedNode` where the weight is its own master.
+        support: int32 unit numbers of every matrix, (stack, ...); for coordinates (stack, k) flat indices, slot j
+            the one with the j-th largest score at the last refresh.
+        slots: the change of every slot since it was picked, for methods whose inner optimizer sees that; else
+            `optax.MaskedNode`.
+        master: the weights at the support in the slots' dtype, where that is wider than the weight's; else
+            `optax.MaskedNode`, and the weight is its own master.
         inner: the inner optimizer's state, of slots' size; () without inner optimizer.
+        evidence: dense sums of gradients while calibrating; () for methods that do not.
     """
 
     progress: Progress
     support: Any
+    slots: Any
     master: Any
     inner: Any
+    evidence: Any
 
 
 def reference_engine(description: Description) -> SubspaceTransformation:
@@ -50,44 +55,39 @@ def reference_engine(description: Description) -> SubspaceTransformation:
 
     Returns:
         A transformation whose `init` takes the parameters and whose `update` takes dense gradients; `update`
-        needs the parameters too if there is an inner optimizer.
+        needs the parameters too if there is an inner optimizer or the score looks at weights.
     """
     return SubspaceTransformation(partial(_init, description), partial(_update, description), description)
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _spread(targets: Sequence[ResolvedTarget], values: Sequence[Any], like: Any, total: int) -> Any:
-    """Puts one value per target into a tree shaped `like` the parameters, MaskedNode everywhere else."""
-    leaves: list[Any] = [optax.MaskedNode()] * total
-    for target, value in zip(targets, values, strict=True):
-        leaves[target.position] = value
-    return jax.tree.unflatten(like, leaves)
-
-
-def _collect(targets: Sequence[ResolvedTarget], tree: Any) -> list[Any]:
-    """The inverse of `_spread`; by position, since NNX hands over trees of two kinds for the same parameters."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_masked)
-    return [leaves[target.position] for target in targets]
+def _places(description: Description, targets: Sequence[ResolvedTarget], structure: Any) -> Places:
+    if description.scope == "global":
+        return GlobalPlaces(description.subspace, targets, structure)
+    return MatrixPlaces(description.subspace, targets, structure)
 
 
 def _init(description: Description, params: Any) -> SubspaceState:
     targets = resolve_targets(params, description.targets)
     leaves, structure = jax.tree.flatten(params)
-    spread = partial(_spread, targets, like=structure, total=len(leaves))
-    counts = description.budget.counts(targets, tree_size(params))
-    supports, slots, masters = [], [], []
-    for target, count in zip(targets, counts, strict=True):
-        weight_dtype = leaves[target.position].dtype
-        support = description.subspace.empty_support(target.view, count)
-        zeros = jnp.zeros(support.shape, description.slot_dtype(weight_dtype))
-        supports.append(support)
-        slots.append(zeros)
-        masters.append(zeros if description.inner is not None and zeros.dtype != weight_dtype else optax.MaskedNode())
-    inner = () if description.inner is None else description.inner.init(spread(slots))
-    return SubspaceState(Progress.start(), spread(supports), spread(masters), inner)
+    if not leaves:  # the placeholder of optax.tree.map_params stands for any tree
+        inner = () if description.inner is None else description.inner.init(params)
+        evidence = (jnp.zeros([], jnp.int32), params) if description.calibration_steps else ()
+        return SubspaceState(Progress.start(), params, params, params, inner, evidence)
+    places = _places(description, targets, structure)
+    counts = description.subspace.counts(targets, tree_size(params))
+    support = places.empty(counts)
+    weights = [target.view.matrices(leaves[target.position]) for target in targets]
+    slot_weights = jax.eval_shape(places.gather, weights, support)
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
+    nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
+    has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)
+    master = jax.tree.map(lambda has, z: z if has else optax.MaskedNode(), has_master, zeros)
+    inner = () if description.inner is None else description.inner.init(zeros)
+    sums = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)) for w in weights]
+    evidence = (jnp.zeros([], jnp.int32), places.spread(sums)) if description.calibration_steps else ()
+    return SubspaceState(
+        Progress.start(), support, zeros if description.sees == "change" else nothing, master, inner, evidence
+    )
 
 
 def _update(
@@ -95,38 +95,36 @@ def _update(
 ) -> tuple[Any, SubspaceState]:
     targets = resolve_targets(updates, description.targets)
     leaves, structure = jax.tree.flatten(updates)
-    spread = partial(_spread, like=jax.tree.structure(state.support, is_leaf=_is_masked), total=len(leaves))
+    mirror = state.evidence[1] if description.calibration_steps else state.support
+    places = _places(description, targets, jax.tree.structure(mirror, is_leaf=is_masked))
     gradients = [target.view.matrices(leaves[target.position]) for target in targets]
     weights = _weights(description, targets, params)
 
-    due = description.schedule.due(state.progress)
-    old_supports = _collect(targets, state.support)
-    supports = jax.lax.cond(due, partial(_select, description), lambda old, *_: old, old_supports, gradients, weights)
-    slot_gradients = [description.subspace.gather(g, s) for g, s in zip(gradients, supports, strict=True)]
+    calibrating, evidence, mean_gradients = _calibrate(description, state.evidence, targets, places, gradients)
+    due = description.schedule.due(state.progress) & ~calibrating
+    pick = partial(select, description, places)
+    support = jax.lax.cond(
+        due, pick, lambda old, *_: old, state.support, mean_gradients, weights, state.progress.refreshes
+    )
+    slot_gradients = places.gather(gradients, support)
     progress = _advance(state.progress, due, *_retention(gradients, slot_gradients))
 
     if description.inner is None:
-        moves, masters, inner = slot_gradients, state.master, state.inner
+        moves, slots, master, inner = slot_gradients, state.slots, state.master, state.inner
     else:
-        dtypes = [description.slot_dtype(w.dtype) for w in weights]
-        wide = [g.astype(dtype) for g, dtype in zip(slot_gradients, dtypes, strict=True)]
-        # The inner optimizer sees a change of the weights that starts at zero in every step (GASDU, appendix F).
-        zeros = spread(targets, [jnp.zeros_like(g) for g in wide])
-        carried = _carry(description, state, due, spread(targets, supports), zeros)
-        steps, inner = description.inner.update(spread(targets, wide), carried.inner, zeros, **extra_args)
-        slot_weights = [description.subspace.gather(w, s) for w, s in zip(weights, supports, strict=True)]
-        commits = map(_commit, _collect(targets, steps), slot_weights, _collect(targets, carried.master))
-        moves, new_masters = map(list, zip(*commits, strict=True)) if targets else ([], [])
-        masters = spread(targets, new_masters)
-    finite = jnp.array([jnp.isfinite(g).all() for g in slot_gradients], bool).all()
-    new_state = SubspaceState(progress, spread(targets, supports), masters, inner)
-    skipping = state._replace(progress=state.progress._replace(skipped=state.progress.skipped + 1))
-    new_state = jax.tree.map(partial(jnp.where, finite), new_state, skipping)
+        slot_weights = places.gather(weights, support)
+        carried = _carry(description, places, state, due, support, slot_weights)
+        moves, slots, master, inner = _move(description, carried, slot_gradients, slot_weights, extra_args)
 
-    masked = [jnp.full_like(leaf, _NOTHING) for leaf in leaves]
-    for target, support, move in zip(targets, supports, moves, strict=True):
-        kept = jnp.where(finite, move, jnp.array(_NOTHING, move.dtype))
-        dense = description.subspace.scatter(target.view, support, kept, fill=_NOTHING)
+    finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(slot_gradients)], bool).all()
+    takes = finite & ~calibrating
+    choose = partial(jax.tree.map, partial(jnp.where, takes))
+    skipped = state.progress._replace(skipped=state.progress.skipped + (~finite & ~calibrating))
+    taken = state._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
+    new_state = choose(taken, state._replace(progress=skipped))._replace(evidence=evidence)
+    kept = jax.tree.map(lambda move: jnp.where(takes, move, jnp.array(NOTHING, move.dtype)), moves)
+    masked = [jnp.full_like(leaf, NOTHING) for leaf in leaves]
+    for target, dense in zip(targets, places.scatter(support, kept), strict=True):
         masked[target.position] = target.view.weight(dense)
     return jax.tree.unflatten(structure, masked), new_state
 
@@ -143,28 +141,39 @@ def _weights(description: Description, targets: Sequence[ResolvedTarget], params
     return []
 
 
-def _select(
-    description: Description, old_supports: list[Array], gradients: list[Array], weights: list[Array]
-) -> list[Array]:
-    """Picks a support of the old one's size for every matrix."""
-    known_weights: Sequence[Array | None] = weights or [None] * len(gradients)
-    scored = zip(gradients, known_weights, old_supports, strict=True)
-    return [matrix_topk(description.score(gradient=g, weight=w), old.shape[-1]) for g, w, old in scored]
+def _calibrate(
+    description: Description, evidence: Any, targets: Sequence[ResolvedTarget], places: Places, gradients: list[Array]
+) -> tuple[Bool[Array, ""], Any, list[Array]]:
+    """Whether this step only looks, the sums with its gradients, and the gradients to pick by."""
+    if not description.calibration_steps:
+        return jnp.zeros([], bool), (), gradients
+    count, sums = evidence
+    calibrating = count < description.calibration_steps
+    finite = jnp.array([jnp.isfinite(g).all() for g in gradients], bool).all()
+    counted = calibrating & finite
+    old = leaves_of(targets, sums)
+    added = [jnp.where(counted, s + g, s) for s, g in zip(old, gradients, strict=True)]
+    means = [s / description.calibration_steps for s in added]
+    return calibrating, (count + counted, places.spread(added)), means
 
 
-def _retention(gradients: list[Array], slot_gradients: list[Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _retention(gradients: list[Array], slot_gradients: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """||masked g||^2 / ||g||^2 over all targets, and its mean over matrices; 1 where nothing is to be retained."""
-    if not gradients:
+    kept = [_energy(g) for g in jax.tree.leaves(slot_gradients)]
+    if not gradients or not kept:
         return jnp.ones([]), jnp.ones([])
-
-    def energy(entries: Array) -> Float[Array, " stack"]:
-        return jnp.sum(jnp.square(entries.reshape(entries.shape[0], -1).astype(jnp.float32)), axis=-1)
-
-    kept = jnp.concatenate([energy(g) for g in slot_gradients])
-    whole = jnp.concatenate([energy(g) for g in gradients])
-    ratios = jnp.where(whole > 0, kept / jnp.where(whole > 0, whole, 1), 1)
+    whole = jnp.concatenate([_energy(g) for g in gradients])
     total = jnp.sum(whole)
-    return jnp.where(total > 0, jnp.sum(kept) / jnp.where(total > 0, total, 1), 1), jnp.mean(ratios)
+    retention = jnp.where(total > 0, sum(jnp.sum(k) for k in kept) / jnp.where(total > 0, total, 1), 1)
+    if len(kept) != len(gradients):  # slots that compete over all matrices have no mean over matrices
+        return retention, retention
+    ratios = jnp.where(whole > 0, jnp.concatenate(kept) / jnp.where(whole > 0, whole, 1), 1)
+    return retention, jnp.mean(ratios)
+
+
+def _energy(entries: Array) -> Float[Array, " stack"]:
+    """Sum of squares of every matrix."""
+    return jnp.sum(jnp.square(entries.reshape(entries.shape[0], -1).astype(jnp.float32)), axis=-1)
 
 
 def _advance(
@@ -183,28 +192,61 @@ def _advance(
 
 
 def _carry(
-    description: Description, state: SubspaceState, due: Bool[Array, ""], supports: Any, zeros: Any
+    description: Description, places: Places, state: SubspaceState, due: Bool[Array, ""], support: Any, weights: Any
 ) -> SubspaceState:
-    """The state on the new supports: moments by the method's carry, masters with their coordinates."""
+    """The state on the new support: moments and changes by the method's carry, masters with their units."""
 
     def refresh(state: SubspaceState) -> SubspaceState:
-        inner = carry_inner_state(description.carry, description.inner, state.inner, zeros, state.support, supports)
-        follow = partial(follow_coordinate, newcomer=jnp.nan)
-        master = jax.tree.map(
-            lambda master, *moved: master if _is_masked(master) else follow(master, *moved),
-            *(state.master, state.support, supports),
-            is_leaf=_is_masked,
-        )
-        return state._replace(support=supports, master=master, inner=inner)
+        moved = places.moved(state.support, support)
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), weights)
+        inner = carry_inner_state(description.carry, description.inner, state.inner, zeros, moved)
+        slots = state.slots
+        if description.carry == "reset":
+            slots = jax.tree.map(jnp.zeros_like, slots)
+        elif description.carry == "coordinate":
+            slots = _follow(slots, moved, 0.0)
+        # A newcomer's master is NaN, which is not what its weight says: it adopts the weight.
+        return state._replace(support=support, slots=slots, master=_follow(state.master, moved, jnp.nan), inner=inner)
 
-    return jax.lax.cond(due, refresh, lambda state: state._replace(support=supports), state)
+    return jax.lax.cond(due, refresh, lambda state: state._replace(support=support), state)
 
 
-def _commit(step: Array, weight: Array, master: Any) -> tuple[Array, Any]:
-    """The number to add to each slot's weight for a step of the inner optimizer, and the new masters."""
-    if _is_masked(master):
-        return step.astype(weight.dtype), master
-    wide = weight.astype(master.dtype)
-    # A weight that is not what its master rounds to was changed by someone else, or is new in the support.
-    master = jnp.where(master.astype(weight.dtype) == weight, master, wide) + step
-    return master.astype(weight.dtype).astype(master.dtype) - wide, master
+def _follow(values: Any, moved: Any, newcomer: float) -> Any:
+    """Slots that stay with their units; nodes without slots stay as they are."""
+    return jax.tree.map(lambda v, m: v if is_masked(v) else m.follow(v, newcomer), values, moved, is_leaf=is_masked)
+
+
+def _move(
+    description: Description, state: SubspaceState, slot_gradients: Any, weights: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """One step of the inner optimizer: what to add to every slot's weight, new slots, masters and inner state."""
+    wide = jax.tree.map(lambda w: w.astype(description.slot_dtype(w.dtype)), weights)
+    master = jax.tree.map(
+        lambda m, w, x: x if is_masked(m) else jnp.where(m.astype(w.dtype) == w, m, x),
+        *(state.master, weights, wide),
+        is_leaf=is_masked,
+    )
+    seen = {
+        "zeros": lambda: jax.tree.map(jnp.zeros_like, wide),
+        "change": lambda: state.slots,
+        "weight": lambda: master,
+    }[description.sees]()
+    gradients = jax.tree.map(lambda g, x: g.astype(x.dtype) * description.scale, slot_gradients, wide)
+    assert description.inner is not None
+    steps, inner = description.inner.update(gradients, state.inner, seen, **extra_args)
+    if description.learning_rate is not None:
+        rate = description.learning_rate
+        rate = rate(state.progress.steps) if callable(rate) else rate
+        steps = jax.tree.map(lambda step: -rate * step, steps)
+    slots = jax.tree.map(jnp.add, state.slots, steps) if description.sees == "change" else state.slots
+    changes = jax.tree.map(lambda step, x: (step * description.scale).astype(x.dtype), steps, wide)
+    new_master = jax.tree.map(
+        lambda old, m, change: old if is_masked(old) else m + change, state.master, master, changes, is_leaf=is_masked
+    )
+    # Where a weight has a master, the update is the difference that lands on the rounded master.
+    moves = jax.tree.map(
+        lambda new, w, x, change: change if is_masked(new) else new.astype(w.dtype).astype(x.dtype) - x,
+        *(new_master, weights, wide, changes),
+        is_leaf=is_masked,
+    )
+    return moves, slots, new_master, inner

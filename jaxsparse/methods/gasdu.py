@@ -7,10 +7,10 @@ from jaxsparse.engine.description import Description, SlotsDType, SubspaceTransf
 from jaxsparse.engine.reference import reference_engine
 from jaxsparse.select.carry import Carry
 from jaxsparse.select.schedules import Once, RefreshEvery, refresh_schedule
-from jaxsparse.select.scores import GradientMagnitude
+from jaxsparse.select.scores import GRADIENT
 from jaxsparse.subspaces.budgets import Budget, Share
-from jaxsparse.subspaces.coordinates import Coordinates
 from jaxsparse.subspaces.targets import Targets
+from jaxsparse.subspaces.units import Coordinates
 
 __all__ = ["fixed_mask", "gasdu"]
 
@@ -86,11 +86,10 @@ def gasdu(
         Description(
             name="gasdu",
             inner=inner,
-            subspace=Coordinates(),
-            score=GradientMagnitude(),
+            subspace=Coordinates(Budget(density, budget, share)),
+            score=GRADIENT,
             schedule=refresh_schedule(refresh_every),
             carry=carry,
-            budget=Budget(density, budget, share),
             targets=targets,
             slots_dtype=slots_dtype,
             seed=seed,
@@ -140,11 +139,10 @@ def fixed_mask(
         Description(
             name="fixed_mask",
             inner=inner,
-            subspace=Coordinates(),
-            score=GradientMagnitude(),
+            subspace=Coordinates(Budget(density, budget, share)),
+            score=GRADIENT,
             schedule=Once(),
             carry="slot",
-            budget=Budget(density, budget, share),
             targets=targets,
             slots_dtype=slots_dtype,
             seed=seed,

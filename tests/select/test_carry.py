@@ -1,5 +1,6 @@
 """What becomes of an inner optimizer's state when the support moves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -7,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsparse.select.carry import carry_inner_state, follow_coordinate
+from jaxsparse.engine.places import Moved
+from jaxsparse.select.carry import carry_inner_state
+from jaxsparse.subspaces.units import follow
 
 
 @settings(max_examples=50, deadline=None)
@@ -16,7 +19,7 @@ def test_values_stay_with_their_coordinate(seed: int, stack: int, k: int, size: 
     rng = np.random.default_rng(seed)
     old, new = (np.stack([rng.permutation(size)[:k] for _ in range(stack)]).astype(np.int32) for _ in range(2))
     values = rng.normal(size=(stack, k)).astype(np.float32)
-    followed = follow_coordinate(jnp.asarray(values), jnp.asarray(old), jnp.asarray(new), -7.0)
+    followed = follow(jnp.asarray(values), jnp.asarray(old), jnp.asarray(new), -7.0)
     for row in range(stack):
         owner = dict(zip(old[row], values[row], strict=True))
         np.testing.assert_array_equal(followed[row], [owner.get(c, np.float32(-7.0)) for c in new[row]])
@@ -37,7 +40,8 @@ def test_each_carry_keeps_what_it_says(inner: optax.GradientTransformation, rng:
         return found
 
     before, fresh = moments(state), moments(inner.init(slots))
-    after = {c: moments(carry_inner_state(c, inner, state, slots, old, new)) for c in ("slot", "coordinate", "reset")}
+    moved = jax.tree.map(lambda old, new: Moved(lambda values, newcomer: follow(values, old, new, newcomer)), old, new)
+    after = {c: moments(carry_inner_state(c, inner, state, slots, moved)) for c in ("slot", "coordinate", "reset")}
     assert before
     for at, moment in enumerate(before):
         np.testing.assert_array_equal(after["slot"][at], moment)

@@ -1,0 +1,311 @@
+"""Subspaces made of units: entries, inputs of a neuron, slices, blocks, or everything.
+
+A stack of matrices (stack, in, out) is cut into units: (stack, units, *entries of a unit). A support is an int32 array
+(stack, ...) of unit numbers, distinct within a matrix; slots hold the entries of its units, (*support, *entries).
+"""
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Num
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.subspaces.budgets import Budget
+from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget
+
+__all__ = ["Blocks", "Coordinates", "Everything", "Neurons", "Slices", "Units", "follow"]
+
+
+class Units(abc.ABC):
+    """Where a weight may move: a way to cut its matrices into units, some of which are free."""
+
+    @abc.abstractmethod
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns the number of free units of each matrix (for `Neurons`: of each neuron) of each target."""
+
+    @abc.abstractmethod
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack units ..."]:
+        """Returns matrices cut into units."""
+
+    @abc.abstractmethod
+    def join(self, units: Num[Array, "stack units ..."], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns units put together again; the inverse of `cut`."""
+
+    @abc.abstractmethod
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack units"]:
+        """Turns scores of entries into scores of units."""
+
+    def pick(self, unit_scores: Float[Array, "stack units"], like: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+        """Returns the units with the largest scores, as many as in `like`.
+
+        Best first, ties to the lowest number; NaN counts as larger than any number.
+        """
+        return jax.lax.top_k(unit_scores, like.shape[-1])[1]
+
+    def empty_support(self, view: MatrixView, count: int) -> Int[Array, "stack ..."]:
+        """Returns a valid support to start from: the first units."""
+        return jnp.tile(jnp.arange(count, dtype=jnp.int32), (view.stack, 1))
+
+    def gather(self, matrices: Num[Array, "stack in out"], support: Int[Array, "stack ..."]) -> Num[Array, "stack ..."]:
+        """Returns the entries of dense matrices that the support frees.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> dense = jnp.arange(6.0).reshape(1, 2, 3)
+            >>> Slices(1).gather(dense, jnp.array([[1]]))
+            Array([[[3., 4., 5.]]], dtype=float32)
+        """
+        return self.cut(matrices)[_rows(support), support]
+
+    def scatter(
+        self, view: MatrixView, support: Int[Array, "stack ..."], slots: Num[Array, "stack ..."], fill: float
+    ) -> Num[Array, "stack in out"]:
+        """Returns dense matrices that hold the slots where the support frees them, and `fill` everywhere else."""
+        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), slots.dtype)
+        units = jnp.full(jax.eval_shape(self.cut, dense).shape, fill, slots.dtype)
+        return self.join(units.at[_rows(support), support].set(slots, unique_indices=True), view)
+
+
+def _rows(support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    """The matrix that each unit of a support belongs to."""
+    return jnp.arange(support.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (support.ndim - 1))
+
+
+def follow(
+    values: Num[Array, "stack ..."], old: Int[Array, "stack ..."], new: Int[Array, "stack ..."], newcomer: ArrayLike
+) -> Num[Array, "stack ..."]:
+    """Rearranges values of slots so that they stay with their units.
+
+    Args:
+        values: the slots of the old support, (*support, *entries of a unit).
+        old: the old support, distinct within a matrix.
+        new: the new support, of the same shape.
+        newcomer: value of units that the old support lacks; broadcasts against the slots.
+
+    Returns:
+        The slots of the new support.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> follow(jnp.array([[1.0, 2.0]]), jnp.array([[7, 4]]), jnp.array([[4, 9]]), 0.0)
+        Array([[2., 0.]], dtype=float32)
+    """
+    flat_old, flat_new = (support.reshape(support.shape[0], -1) for support in (old, new))
+    order = jnp.argsort(flat_old, axis=-1)
+    place = jax.vmap(jnp.searchsorted)(jnp.take_along_axis(flat_old, order, axis=-1), flat_new)
+    slot = jnp.take_along_axis(order, jnp.minimum(place, flat_old.shape[-1] - 1), axis=-1)
+    stayed = jnp.take_along_axis(flat_old, slot, axis=-1) == flat_new
+    entries = values.shape[old.ndim :]
+    moved = values.reshape(*flat_old.shape, *entries)[_rows(slot), slot].reshape(values.shape)
+    return jnp.where(stayed.reshape(*old.shape, *[1] * len(entries)), moved, newcomer).astype(values.dtype)
+
+
+@dataclass(frozen=True)
+class Coordinates(Units):
+    """k free coordinates of every matrix, anywhere in it; a unit is an entry, numbered in (in, out) order.
+
+    Attributes:
+        budget: how many.
+    """
+
+    budget: Budget
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns k for each target."""
+        return self.budget.counts(targets, model_size)
+
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack size"]:
+        """Returns the entries in flat order."""
+        return matrices.reshape(matrices.shape[0], -1)
+
+    def join(self, units: Num[Array, "stack size"], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns the matrices."""
+        return units.reshape(view.stack, view.in_size, view.out_size)
+
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack size"]:
+        """Returns the scores in flat order."""
+        return self.cut(scores)
+
+
+@dataclass(frozen=True)
+class Neurons(Units):
+    """k free inputs of every neuron, a neuron being one output; the support is (stack, k, out) of flat indices.
+
+    Attributes:
+        inputs: k.
+    """
+
+    inputs: int
+
+    def __post_init__(self) -> None:
+        if self.inputs < 1:
+            raise InputError(f"k, the inputs of every neuron, must be at least 1, got {self.inputs}")
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns k for each target."""
+        for target in targets:
+            if self.inputs > target.view.in_size:
+                raise InputError(f"k={self.inputs} is more than the {target.view.in_size} inputs of {target.path}")
+        return [self.inputs] * len(targets)
+
+    def empty_support(self, view: MatrixView, count: int) -> Int[Array, "stack k out"]:
+        """Returns the first k inputs of every neuron."""
+        first = jnp.arange(count * view.out_size, dtype=jnp.int32).reshape(count, view.out_size)
+        return jnp.tile(first, (view.stack, 1, 1))
+
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack size"]:
+        """Returns the entries in flat order."""
+        return matrices.reshape(matrices.shape[0], -1)
+
+    def join(self, units: Num[Array, "stack size"], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns the matrices."""
+        return units.reshape(view.stack, view.in_size, view.out_size)
+
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack size"]:
+        """Returns the scores in flat order."""
+        return self.cut(scores)
+
+    def pick(
+        self, unit_scores: Float[Array, "stack size"], like: Int[Array, "stack k out"]
+    ) -> Int[Array, "stack k out"]:
+        """Returns the k inputs of every neuron with the largest scores."""
+        stack, k, outputs = like.shape
+        by_neuron = jnp.swapaxes(unit_scores.reshape(stack, -1, outputs), 1, 2)
+        best = jnp.swapaxes(jax.lax.top_k(by_neuron, k)[1], 1, 2)
+        return best * outputs + jnp.arange(outputs, dtype=jnp.int32)
+
+
+@dataclass(frozen=True)
+class Slices(Units):
+    """Free input slices (rows of a Flax kernel), or output slices, of every matrix.
+
+    Attributes:
+        count: free slices; None: a share of them.
+        share: free slices / all slices, rounded, at least one.
+        axis: "input" or "output".
+        group: slices that are free together, such as the inputs of one attention head; a unit is a group.
+    """
+
+    count: int | None = None
+    share: float | None = None
+    axis: Literal["input", "output"] = "input"
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.share is None):
+            raise InputError(
+                f"give exactly one of the number and the share of slices, got {self.count} and {self.share}"
+            )
+        if self.count is not None and self.count < 1:
+            raise InputError(f"the number of slices must be at least 1, got {self.count}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InputError(f"the share of slices must lie in (0, 1], got {self.share}")
+        if self.axis not in ("input", "output"):
+            raise InputError(f"axis must be 'input' or 'output', got {self.axis!r}")
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns the number of free groups of slices of each target."""
+        counts = []
+        for target in targets:
+            size = target.view.in_size if self.axis == "input" else target.view.out_size
+            if size % self.group:
+                raise InputError(f"{target.path}: its {size} {self.axis}s do not split into groups of {self.group}")
+            groups = size // self.group
+            count = self.count if self.count is not None else max(1, round((self.share or 0) * groups))
+            if count > groups:
+                raise InputError(f"{count} slices are more than the {groups} {self.axis} slices of {target.path}")
+            counts.append(count)
+        return counts
+
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack groups ..."]:
+        """Returns the slices; (stack, in, out) for single input slices."""
+        slices = matrices if self.axis == "input" else jnp.swapaxes(matrices, 1, 2)
+        if self.group == 1:
+            return slices
+        return slices.reshape(slices.shape[0], -1, self.group, slices.shape[2])
+
+    def join(self, units: Num[Array, "stack groups ..."], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns the matrices."""
+        slices = units.reshape(view.stack, -1, units.shape[-1])
+        return slices if self.axis == "input" else jnp.swapaxes(slices, 1, 2)
+
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack groups"]:
+        """Returns the 2-norm of every slice's scores (S2FT's W and G)."""
+        units = self.cut(scores)
+        return jnp.linalg.norm(units.reshape(*units.shape[:2], -1), axis=-1)
+
+
+@dataclass(frozen=True)
+class Blocks(Units):
+    """Free blocks of every matrix, numbered row by row; a block never exceeds the matrix.
+
+    Attributes:
+        count: free blocks.
+        size: rows and columns of a block; blocks at the edges are filled up with entries that are none.
+    """
+
+    count: int
+    size: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("count", "size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"blocks: {name} must be at least 1, got {getattr(self, name)}")
+
+    def _grid(self, in_size: int, out_size: int) -> tuple[int, int, int, int]:
+        """Rows and columns of a block, and of the grid of blocks."""
+        rows, columns = min(self.size, in_size), min(self.size, out_size)
+        return rows, columns, math.ceil(in_size / rows), math.ceil(out_size / columns)
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns the number of free blocks of each matrix."""
+        for target in targets:
+            _, _, down, across = self._grid(target.view.in_size, target.view.out_size)
+            if self.count > down * across:
+                raise InputError(f"{self.count} blocks are more than the {down * across} of {target.path}")
+        return [self.count] * len(targets)
+
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack blocks rows columns"]:
+        """Returns the blocks."""
+        stack, in_size, out_size = matrices.shape
+        rows, columns, down, across = self._grid(in_size, out_size)
+        padded = jnp.pad(matrices, ((0, 0), (0, down * rows - in_size), (0, across * columns - out_size)))
+        grid = padded.reshape(stack, down, rows, across, columns)
+        return jnp.swapaxes(grid, 2, 3).reshape(stack, down * across, rows, columns)
+
+    def join(self, units: Num[Array, "stack blocks rows columns"], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns the matrices."""
+        rows, columns, down, across = self._grid(view.in_size, view.out_size)
+        grid = jnp.swapaxes(units.reshape(view.stack, down, across, rows, columns), 2, 3)
+        return grid.reshape(view.stack, down * rows, across * columns)[:, : view.in_size, : view.out_size]
+
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack blocks"]:
+        """Returns |mean| of every block's signed scores (SMT); what fills up a block at the edge does not count."""
+        sizes = jnp.sum(self.cut(jnp.ones_like(scores)), axis=(2, 3))
+        return jnp.abs(jnp.sum(self.cut(scores), axis=(2, 3)) / sizes)
+
+
+@dataclass(frozen=True)
+class Everything(Units):
+    """Every entry is free: one unit, the whole matrix. Its slots are dense."""
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns one unit for each target."""
+        return [1] * len(targets)
+
+    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack 1 in out"]:
+        """Returns the matrices, each one unit."""
+        return matrices[:, None]
+
+    def join(self, units: Num[Array, "stack 1 in out"], view: MatrixView) -> Num[Array, "stack in out"]:
+        """Returns the matrices."""
+        return units[:, 0]
+
+    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack 1"]:
+        """Returns one number for each matrix; there is nothing to choose."""
+        return jnp.zeros((scores.shape[0], 1))
