@@ -57,7 +57,7 @@ def test_a_run_learns_and_reports_what_it_did(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert [line["step"] - 1 for line in lines if line["refreshed"]] == list(range(0, 24, 3))
-    assert {line["learning_rate"] for line in lines} == {pytest.approx(0.01)}
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], 0.01, rtol=1e-6)
     assert "bit-identical" in capsys.readouterr().out
 
     delta = deltas.load(out / "delta")
