@@ -50,7 +50,7 @@ class Description:
     """
 
     name: str
-    inner: optax.GradientTransformationExtraArgs | None
+    inner: optax.GradientTransformation | None
     subspace: Units
     score: Score
     schedule: Schedule = field(default_factory=Once)
@@ -73,7 +73,7 @@ class Description:
             raise TypeError(
                 f"{self.name}: the inner optimizer must be an optax.GradientTransformation, got {self.inner!r}"
             )
-        if self.slots_dtype not in (None, "promote") and not jnp.issubdtype(self.slots_dtype, jnp.floating):
+        if not _is_slots_dtype(self.slots_dtype):
             raise InputError(f"slots_dtype must be a floating-point dtype, None or 'promote', got {self.slots_dtype!r}")
         if self.calibration_steps < 0:
             raise InputError(f"calibration_steps must not be negative, got {self.calibration_steps}")
@@ -96,6 +96,15 @@ class Description:
         return dtype
 
 
+def _is_slots_dtype(dtype: Any) -> bool:
+    if dtype is None or (isinstance(dtype, str) and dtype == "promote"):
+        return True
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
 class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     """An optax gradient transformation that still knows the description it runs.
 
@@ -112,3 +121,7 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         transformation = super().__new__(cls, init, update)
         transformation.description = description
         return transformation
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made from."""
+        return (*self, self.description)

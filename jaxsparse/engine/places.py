@@ -10,18 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaxsparse.subspaces.targets import ResolvedTarget
+from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 from jaxsparse.subspaces.units import Units, follow
 
-__all__ = ["GlobalPlaces", "GlobalSupport", "MatrixPlaces", "Moved", "Places", "is_masked", "leaves_of"]
+__all__ = ["GlobalPlaces", "GlobalSupport", "MatrixPlaces", "Moved", "Places", "leaves_of"]
 
 # -0.0 is the number that changes nothing when it is added; +0.0 would turn a frozen -0.0 into +0.0.
 NOTHING = -0.0
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a node stands for a weight that does not move."""
-    return isinstance(node, optax.MaskedNode)
 
 
 def leaves_of(targets: Sequence[ResolvedTarget], tree: Any) -> list[Any]:

@@ -13,11 +13,11 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxsparse.engine.description import Description, SubspaceTransformation
-from jaxsparse.engine.places import NOTHING, GlobalPlaces, MatrixPlaces, Places, is_masked, leaves_of
+from jaxsparse.engine.places import NOTHING, GlobalPlaces, MatrixPlaces, Places, leaves_of
 from jaxsparse.engine.selection import select
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
-from jaxsparse.subspaces.targets import ResolvedTarget, resolve_targets, tree_size
+from jaxsparse.subspaces.targets import ResolvedTarget, is_masked, resolve_targets, tree_size
 
 __all__ = ["SubspaceState", "reference_engine"]
 
@@ -68,7 +68,7 @@ def _places(description: Description, targets: Sequence[ResolvedTarget], structu
 
 def _init(description: Description, params: Any) -> SubspaceState:
     targets = resolve_targets(params, description.targets)
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
     if not leaves:  # the placeholder of optax.tree.map_params stands for any tree
         inner = () if description.inner is None else description.inner.init(params)
         evidence = (jnp.zeros([], jnp.int32), params) if description.calibration_steps else ()
@@ -94,7 +94,7 @@ def _update(
     description: Description, updates: Any, state: SubspaceState, params: Any = None, **extra_args: Any
 ) -> tuple[Any, SubspaceState]:
     targets = resolve_targets(updates, description.targets)
-    leaves, structure = jax.tree.flatten(updates)
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
     mirror = state.evidence[1] if description.calibration_steps else state.support
     places = _places(description, targets, jax.tree.structure(mirror, is_leaf=is_masked))
     gradients = [target.view.matrices(leaves[target.position]) for target in targets]
@@ -116,14 +116,14 @@ def _update(
         carried = _carry(description, places, state, due, support, slot_weights)
         moves, slots, master, inner = _move(description, carried, slot_gradients, slot_weights, extra_args)
 
-    finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(slot_gradients)], bool).all()
+    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slot_gradients, moves))], bool).all()
     takes = finite & ~calibrating
     choose = partial(jax.tree.map, partial(jnp.where, takes))
     skipped = state.progress._replace(skipped=state.progress.skipped + (~finite & ~calibrating))
     taken = state._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
     new_state = choose(taken, state._replace(progress=skipped))._replace(evidence=evidence)
     kept = jax.tree.map(lambda move: jnp.where(takes, move, jnp.array(NOTHING, move.dtype)), moves)
-    masked = [jnp.full_like(leaf, NOTHING) for leaf in leaves]
+    masked = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
     for target, dense in zip(targets, places.scatter(support, kept), strict=True):
         masked[target.position] = target.view.weight(dense)
     return jax.tree.unflatten(structure, masked), new_state
@@ -132,7 +132,7 @@ def _update(
 def _weights(description: Description, targets: Sequence[ResolvedTarget], params: Any) -> list[Array]:
     """The targets' weights as matrices; an empty list if none are given and none are needed."""
     if params is not None:
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(params, is_leaf=is_masked)
         return [target.view.matrices(leaves[target.position]) for target in targets]
     if description.inner is not None:
         raise ValueError(
@@ -159,21 +159,28 @@ def _calibrate(
 
 def _retention(gradients: list[Array], slot_gradients: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """||masked g||^2 / ||g||^2 over all targets, and its mean over matrices; 1 where nothing is to be retained."""
-    kept = [_energy(g) for g in jax.tree.leaves(slot_gradients)]
-    if not gradients or not kept:
+    slots = jax.tree.leaves(slot_gradients)
+    if not gradients or not slots:
         return jnp.ones([]), jnp.ones([])
-    whole = jnp.concatenate([_energy(g) for g in gradients])
-    total = jnp.sum(whole)
-    retention = jnp.where(total > 0, sum(jnp.sum(k) for k in kept) / jnp.where(total > 0, total, 1), 1)
+    # In units of the largest entry: squares of large gradients would overflow.
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in gradients]))
+    kept = [_energy(g, largest) for g in slots]
+    whole = jnp.concatenate([_energy(g, largest) for g in gradients])
+    retention = _ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
     if len(kept) != len(gradients):  # slots that compete over all matrices have no mean over matrices
         return retention, retention
-    ratios = jnp.where(whole > 0, jnp.concatenate(kept) / jnp.where(whole > 0, whole, 1), 1)
-    return retention, jnp.mean(ratios)
+    return retention, jnp.mean(_ratio(jnp.concatenate(kept), whole))
 
 
-def _energy(entries: Array) -> Float[Array, " stack"]:
+def _energy(entries: Array, unit: Float[Array, ""]) -> Float[Array, " stack"]:
     """Sum of squares of every matrix."""
-    return jnp.sum(jnp.square(entries.reshape(entries.shape[0], -1).astype(jnp.float32)), axis=-1)
+    scaled = entries.reshape(entries.shape[0], -1).astype(jnp.float32) / jnp.where(unit == 0, 1, unit)
+    return jnp.sum(jnp.square(scaled), axis=-1)
+
+
+def _ratio(part: Any, whole: Array) -> Array:
+    """Part / whole, and 1 for 0 / 0."""
+    return jnp.where(whole == 0, 1, part / jnp.where(whole == 0, 1, whole))
 
 
 def _advance(
@@ -233,7 +240,8 @@ def _move(
     }[description.sees]()
     gradients = jax.tree.map(lambda g, x: g.astype(x.dtype) * description.scale, slot_gradients, wide)
     assert description.inner is not None
-    steps, inner = description.inner.update(gradients, state.inner, seen, **extra_args)
+    update = optax.with_extra_args_support(description.inner).update
+    steps, inner = update(gradients, state.inner, seen, **extra_args)
     if description.learning_rate is not None:
         rate = description.learning_rate
         rate = rate(state.progress.steps) if callable(rate) else rate

@@ -52,7 +52,20 @@ def carry_inner_state(
         return jax.tree.map(lambda old, new: jnp.asarray(new, jnp.asarray(old).dtype), inner_state, fresh)
     # What mirrors the slots follows its units; the rest, such as Adam's step count, stays.
     mirrored = jax.tree.map(lambda zeros, how: _Mirror(zeros.shape, how), slots, moved)
-    mirrors = optax.tree.map_params(inner, lambda _, at: at, inner_state, mirrored, transform_non_params=lambda _: None)
+    try:
+        mirrors = optax.tree.map_params(
+            inner,
+            # An inner optimizer such as optax.partition leaves targets out of parts of its state.
+            lambda leaf, mirror: None if isinstance(leaf, optax.MaskedNode) else mirror,
+            *(inner_state, mirrored),
+            transform_non_params=lambda _: None,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            "carry='coordinate' needs an inner optimizer whose state mirrors the slots, which this one's does not; "
+            "use carry='slot' or 'reset'"
+        ) from error
 
     def follow(mirror: _Mirror | None, old: Any, new: Any) -> Any:
         if mirror is None or jnp.shape(old) != mirror.shape:

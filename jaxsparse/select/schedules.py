@@ -1,5 +1,6 @@
 """When a subspace is picked again."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,8 +47,13 @@ class Progress(NamedTuple):
     @classmethod
     def start(cls) -> "Progress":
         """Returns the progress of a run that has not begun."""
-        zero, one = jnp.zeros([], jnp.int32), jnp.ones([], jnp.float32)
-        return cls(zero, zero, jnp.full([], -1, jnp.int32), one, one, one, zero)
+        # An array of its own for every field: a step may donate them all.
+        counts = {name: jnp.array(start, jnp.int32) for name, start in _COUNTS.items()}
+        ratios = {name: jnp.ones([], jnp.float32) for name in cls._fields if name not in _COUNTS}
+        return cls(**counts, **ratios)
+
+
+_COUNTS = {"steps": 0, "refreshes": 0, "last_refresh": -1, "skipped": 0}
 
 
 @dataclass(frozen=True)
@@ -150,10 +156,10 @@ def refresh_schedule(refresh_every: RefreshEvery) -> Schedule:
         return refresh_every
     if callable(refresh_every) or isinstance(refresh_every, jax.Array):
         return Every(refresh_every)
-    if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
+    if isinstance(refresh_every, bool) or not isinstance(refresh_every, numbers.Integral):
         raise TypeError(
             f"refresh_every must be a whole number of steps, a schedule or js.adaptive(...), got {refresh_every!r}"
         )
     if refresh_every < 1:
         raise InputError(f"refresh_every must be at least 1 step, got {refresh_every}")
-    return Every(refresh_every)
+    return Every(int(refresh_every))

@@ -1,6 +1,7 @@
 """How many slots each target gets."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,9 +22,9 @@ def _check_fraction(name: str, value: Any) -> None:
             f"{name} sets array shapes and must be a Python number; "
             f"under optax.inject_hyperparams name it in static_args=({name!r},)"
         )
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
-    if not 0 < value <= 1:
+    if not 0 < float(value) <= 1:
         raise InputError(f"{name} must lie in (0, 1], got {value}")
 
 

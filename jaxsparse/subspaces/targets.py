@@ -9,12 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Num
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
 
-__all__ = ["KNOWN_TARGETS", "MatrixView", "ResolvedTarget", "Target", "Targets", "resolve_targets"]
+__all__ = [
+    "KNOWN_TARGETS",
+    "MatrixView",
+    "ResolvedTarget",
+    "Target",
+    "Targets",
+    "is_masked",
+    "resolve_targets",
+    "tree_size",
+]
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node stands for a weight that does not move: `optax.masked` leaves such nodes, and so do our states.
+
+    They count as leaves wherever we flatten, so that a weight has one position in all trees.
+    """
+    return isinstance(node, optax.MaskedNode)
 
 
 @dataclass(frozen=True)
@@ -138,7 +157,7 @@ def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixVie
             f"got layers {stack}, inputs {inputs}, outputs {outputs}"
         )
     in_size, out_size = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
-    if in_size * out_size == 0:
+    if math.prod(shape) == 0:
         raise InputError(f"target {path} is empty: shape {shape}")
     if in_size * out_size >= 2**31:
         raise InputError(
@@ -203,7 +222,7 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
         >>> [(t.path, t.view.in_size, t.view.out_size) for t in resolve_targets(params, r".*/kernel")]
         [('q_proj/kernel', 4, 6)]
     """
-    pairs, _ = flatten_with_paths(params)
+    pairs, _ = flatten_with_paths(params, is_leaf=is_masked)
     if not pairs:
         return []
     known = targets is None
@@ -212,14 +231,14 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
     resolved = []
     for position, (path, leaf) in enumerate(pairs):
         target = next((target for target in patterns if re.fullmatch(target.pattern, path)), None)
-        if target is None:
+        if target is None or is_masked(leaf):
             continue
         unmatched.discard(target.pattern)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"target {path} has dtype {leaf.dtype}: slots can only move floating-point weights")
         view = _matrix_view(path, tuple(leaf.shape), target)
         resolved.append(ResolvedTarget(position, path, view, target.density))
-    paths = [path for path, _ in pairs]
+    paths = [path for path, leaf in pairs if not is_masked(leaf)]
     if known and not resolved:
         raise InputError(
             "targets is not given and this is no known model; name its weights, "
@@ -232,4 +251,4 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
 
 def tree_size(params: Any) -> int:
     """Returns N, the number of all entries of all arrays of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(params))

@@ -237,3 +237,23 @@ def test_parameters_are_asked_for_when_needed(rng: np.random.Generator) -> None:
     tx = js.gasdu(optax.sgd(0.1), density=0.2, targets=".*")
     with pytest.raises(ValueError, match="gasdu with an inner optimizer"):
         tx.update(params, tx.init(params))
+
+
+def test_retention_of_huge_and_of_spoiled_gradients(rng: np.random.Generator) -> None:
+    gradient = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+    tx = js.gasdu(density=0.25, refresh_every=9, targets=".*")
+    _, state = tx.update({"k": gradient}, tx.init({"k": gradient}))
+    _, huge = tx.update({"k": gradient * 1e25}, tx.init({"k": gradient}))
+    assert float(huge.progress.retention) == pytest.approx(float(state.progress.retention), rel=1e-5)
+    outside = next(i for i in range(20) if i not in np.asarray(state.support["k"]))
+    _, spoiled = tx.update({"k": gradient.at[outside // 5, outside % 5].set(jnp.nan)}, state)
+    assert np.isnan(spoiled.progress.retention)  # not "all retained"
+    assert int(spoiled.progress.skipped) == 0
+
+
+def test_an_infinite_step_of_the_inner_optimizer_is_skipped(rng: np.random.Generator) -> None:
+    params = {"k": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)}
+    tx = js.gasdu(optax.scale(1e39), density=0.25, targets=".*")
+    updates, state = tx.update(jax.tree.map(lambda p: p * 1e3, params), tx.init(params), params)
+    assert int(state.progress.skipped) == 1
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["k"], params["k"])

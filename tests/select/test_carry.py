@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxsparse as js
 from jaxsparse.engine.places import Moved
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.subspaces.units import follow
@@ -26,7 +27,13 @@ def test_values_stay_with_their_coordinate(seed: int, stack: int, k: int, size: 
 
 
 @pytest.mark.parametrize(
-    "inner", [optax.adam(0.1), optax.chain(optax.clip(1.0), optax.adagrad(0.1)), optax.sgd(0.1, momentum=0.9)]
+    "inner",
+    [
+        optax.adam(0.1),
+        optax.chain(optax.clip(1.0), optax.adagrad(0.1)),
+        optax.sgd(0.1, momentum=0.9),
+        optax.partition({"fast": optax.adam(0.1), "slow": optax.sgd(0.1)}, lambda slots: {"a": "fast", "b": "slow"}),
+    ],
 )
 def test_each_carry_keeps_what_it_says(inner: optax.GradientTransformation, rng: np.random.Generator) -> None:
     slots = {"a": jnp.zeros((1, 3)), "b": optax.MaskedNode()}
@@ -48,3 +55,10 @@ def test_each_carry_keeps_what_it_says(inner: optax.GradientTransformation, rng:
         np.testing.assert_array_equal(after["reset"][at], fresh[at])
         newcomer = fresh[at][0, 1]
         np.testing.assert_array_equal(after["coordinate"][at], [[moment[0, 1], newcomer, moment[0, 0]]])
+
+
+def test_an_inner_state_that_does_not_mirror_the_slots_is_refused() -> None:
+    tx = js.gasdu(optax.sm3(0.1), density=0.5, carry="coordinate", targets=".*")
+    params = {"a": jnp.ones((3, 4))}
+    with pytest.raises(js.InputError, match="carry='coordinate' needs an inner optimizer"):
+        tx.update(params, tx.init(params), params)
