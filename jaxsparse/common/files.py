@@ -171,10 +171,15 @@ def check_writable(folder: str | os.PathLike[str], required_bytes: int = 0) -> N
         required_bytes: how much is going to be written, in bytes, as far as is known.
 
     Raises:
-        InputError: the folder (or the nearest parent that exists) cannot be written, or the disk has
-            less than `required_bytes` left.
+        InputError: the folder (or the nearest parent that exists) cannot be written, its path holds a
+            character that Orbax takes for a pattern, or the disk has less than `required_bytes` left.
     """
     target = Path(folder)
+    if patterns := sorted(set("[]*?") & set(str(target.absolute()))):
+        raise InputError(
+            f"cannot write {target}: Orbax takes {' and '.join(patterns)} in {target.absolute()} for a pattern of "
+            "file names; give a path without [ ] * ?"
+        )
     existing = next(place for place in (target, *target.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise InputError(f"cannot write {target}: {existing} is a file, not a folder")

@@ -14,7 +14,7 @@ import tensorstore
 from jaxtyping import PyTree
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import atomic_folder, atomic_write_bytes
+from jaxsparse.common.files import atomic_folder, atomic_write_bytes, check_writable
 from jaxsparse.deltas.coding import decode, encode
 from jaxsparse.deltas.delta import Delta
 from jaxsparse.deltas.difference import tensors_by_path
@@ -61,6 +61,7 @@ def save(path: str | os.PathLike[str], delta: Delta, *, overwrite: bool = False)
         metadata = {"format": FORMAT, "compression": "deflate", "delta": manifest}
         atomic_write_bytes(target, safetensors.numpy.save(packed, metadata))
         return
+    check_writable(target)
     with atomic_folder(target, overwrite=overwrite) as folder:
         (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
         if arrays:
