@@ -1,6 +1,7 @@
 """Flags and config files, both made from one dataclass."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tyro
 import yaml
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.methods.registry import options_class
 
 __all__ = ["parse"]
 
@@ -36,7 +38,7 @@ def parse(config_class: Callable[[dict[str, Any]], Any], prog: str, arguments: S
     known, _ = early.parse_known_args(arguments)
     written = _read(known.config) if known.config else {}
     if known.method:
-        written["method"] = known.method
+        written = _without_other_method(written, known.method)
     flags = [flag for name, value in written.items() for flag in _as_flags(name, value)]
     rest = _without_config(arguments)
     return tyro.cli(
@@ -56,14 +58,28 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path} is no YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise InputError(f"--config {path} must map option names to values, such as `lr: 1e-4`")
+    for name, value in options.items():
+        if isinstance(value, list | dict | set):
+            raise InputError(f"--config {path}: {name} must be one value, got {value!r}")
     return options
+
+
+def _without_other_method(options: dict[str, Any], method: str) -> dict[str, Any]:
+    """A file's options for another method: the own options of the file's method mean nothing to that."""
+
+    def own(name: str) -> set[str]:
+        return {field.name for field in dataclasses.fields(options_class(name))}
+
+    foreign = own(options.get("method", "gasdu")) - own(method)
+    kept = {name: value for name, value in options.items() if str(name).replace("-", "_") not in foreign}
+    return kept | {"method": method}
 
 
 def _as_flags(name: str, value: Any) -> list[str]:
     flag = "--" + str(name).replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else []
-    return [flag, str(value)]
+    return [f"{flag}={value}"]
 
 
 def _without_config(arguments: Sequence[str]) -> list[str]:

@@ -13,14 +13,19 @@ from rich.console import Console
 
 from jaxsparse.cli.arguments import parse
 from jaxsparse.cli.finetune import show
+from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text, check_writable
 from jaxsparse.data.arithmetic import generate_problems
 from jaxsparse.data.rows import Row
 from jaxsparse.methods.registry import options_class
 from jaxsparse.train.config import DataConfig, FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
-from jaxsparse.train.finetune import finetune
+from jaxsparse.train.finetune import carry_out
+from jaxsparse.train.prepare import prepare
 
 __all__ = ["DemoConfig", "main"]
+
+# The file that makes a folder a demo's.
+_MARKER = "demo.txt"
 
 
 @dataclass(frozen=True)
@@ -57,24 +62,49 @@ class DemoConfig:
 def main(arguments: Sequence[str]) -> int:
     """Writes the problems, runs the fine-tuning and says where everything lies."""
     demo = parse(lambda given: DemoConfig, "jaxsparse demo", arguments)
-    check_writable(demo.out)
-    (demo.out / "config.yaml").unlink(missing_ok=True)  # a new demo, not the old one resumed
-    shutil.rmtree(demo.out / "checkpoints", ignore_errors=True)
-    train, held_out = demo.out / "train.json", demo.out / "held_out.json"
-    _write_problems(train, generate_problems(demo.steps * demo.batch, split="train", seed=demo.seed))
-    _write_problems(held_out, generate_problems(demo.eval_rows, split="held_out", seed=demo.seed))
+    for name in ("steps", "batch", "eval_rows"):
+        if (value := getattr(demo, name)) < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    _check_folder(demo.out)
+    train = generate_problems(demo.steps * demo.batch, split="train", seed=demo.seed)
+    held_out = generate_problems(demo.eval_rows, split="held_out", seed=demo.seed)
     config = FinetuneConfig(
         base=ModelConfig(demo.model),
-        rows=DataConfig(data=train, eval_data=held_out, batch=demo.batch, max_length=96, max_new_tokens=8),
+        rows=DataConfig(
+            data=demo.out / "train.json",
+            eval_data=demo.out / "held_out.json",
+            batch=demo.batch,
+            max_length=96,
+            max_new_tokens=8,
+        ),
         run=RunConfig(out=demo.out, steps=demo.steps, seed=demo.seed),
         chosen_method=options_class("gasdu")(density=demo.density, refresh_every=demo.refresh_every),
         inner=OptimizerConfig(lr=demo.lr),
     )
-    report = finetune(config)
+    job = prepare(config, train, held_out)
+
+    _clear(demo.out)
+    _write_problems(config.rows.data, train)
+    _write_problems(demo.out / "held_out.json", held_out)
+    report = carry_out(job)
     show(report, as_json=demo.json)
     if not demo.json:
         _say_where(demo)
     return 0 if report.bit_identical else 1
+
+
+def _check_folder(out: Path) -> None:
+    """A demo may go where nothing is, or where a demo was."""
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
+        raise InputError(f"{out} holds something that is no demo; give a folder that is new or empty: --out FOLDER")
+
+
+def _clear(out: Path) -> None:
+    """Removes what would make the new run go on with an old demo's."""
+    atomic_write_text(out / _MARKER, "This folder belongs to `jaxsparse demo`; the next one replaces what is here.\n")
+    (out / "config.yaml").unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def _write_problems(file: Path, rows: Sequence[Row]) -> None:

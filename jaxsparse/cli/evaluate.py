@@ -13,10 +13,11 @@ from rich.table import Table
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import atomic_write_text
+from jaxsparse.common.files import atomic_write_text, check_writable
+from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.progress import progress
 from jaxsparse.data.rows import load_rows
-from jaxsparse.evaluate.held_out import measure
+from jaxsparse.evaluate.held_out import Measurement, encode_held_out, measure
 from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
 
@@ -49,6 +50,8 @@ class EvaluateConfig:
     """Longest generated answer, in tokens."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes a prompt; auto: the tokenizer's chat template where it has one."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with rows whose answer leaves no room for a prompt in max_length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights; a delta belongs to one dtype."""
     predictions: Path | None = None
@@ -60,41 +63,50 @@ class EvaluateConfig:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments, measures, and prints the result."""
     config = parse(lambda given: EvaluateConfig, "jaxsparse evaluate", arguments)
+    for name in ("rows", "batch"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     rows = load_rows(config.data)[: config.rows]
+    if config.predictions is not None:
+        _check_file(config.predictions)
     checkpoint = load(config.model, dtype=config.dtype)
     if checkpoint.tokenizer is None:
         raise InputError(f"model {checkpoint.name} has no tokenizer; add its tokenizer.json to {checkpoint.folder}")
+    model = LanguageModel(checkpoint.config)
+    options = {name: getattr(config, name) for name in ("max_length", "max_new_tokens", "template", "too_long")}
+    held_out = encode_held_out(model, checkpoint.tokenizer, rows, **options)
     params = checkpoint.params
     if config.delta is not None:
         delta = deltas.load(config.delta, base_fingerprint=checkpoint.fingerprint)
         params = deltas.apply(params, delta, donate=True)
-    options = {name: getattr(config, name) for name in ("batch", "max_length", "max_new_tokens", "template")}
-    with progress("measuring", 2 * len(rows)) as advance:
+    with progress("measuring", 2 * len(held_out.rows)) as advance:
         measured = measure(
-            LanguageModel(checkpoint.config),
-            params,
-            checkpoint.tokenizer,
-            rows,
-            advance=lambda units: advance(units, ""),
-            **options,
+            model, params, checkpoint.tokenizer, held_out, batch=config.batch, advance=lambda units: advance(units, "")
         )
-    result = {
-        "loss": measured.loss,
-        "perplexity": measured.perplexity,
-        "exact_match": measured.exact_match,
-        "rows": measured.rows,
-    }
     if config.predictions is not None:
         written = [
             {"instruction": row.instruction, "answer": row.answer, "prediction": text}
-            for row, text in zip(rows, measured.predictions, strict=True)
+            for row, text in zip(held_out.rows, measured.predictions, strict=True)
         ]
         atomic_write_text(config.predictions, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-    if config.json:
-        print(json.dumps(result))
-        return 0
+    _show(measured, as_json=config.json)
+    return 0
+
+
+def _check_file(file: Path) -> None:
+    """Checks before long work that a file can be written."""
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder; give a file's name")
+    check_writable(file.parent)
+
+
+def _show(measured: Measurement, *, as_json: bool) -> None:
+    result = {name: getattr(measured, name) for name in ("loss", "perplexity", "exact_match", "rows")}
+    if as_json:
+        print(json.dumps({name: finite_or_none(value) for name, value in result.items()}, allow_nan=False))
+        return
     table = Table(show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:.4g}")
     Console().print(table)
-    return 0

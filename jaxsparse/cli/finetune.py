@@ -33,7 +33,7 @@ def _config_class(given: dict[str, Any]) -> Any:
 def show(report: Report, *, as_json: bool) -> None:
     """Prints a report to standard output, as a table or as JSON."""
     if as_json:
-        json.dump(dataclasses.asdict(report), sys.stdout, indent=2)
+        json.dump(dataclasses.asdict(report), sys.stdout, indent=2, allow_nan=False)
         print()
     else:
         Console(soft_wrap=True).print(report.table())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -20,7 +21,7 @@ from jaxsparse import deltas
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_folder
 
-__all__ = ["RunCheckpoint", "restore_newest", "save_checkpoint"]
+__all__ = ["RunCheckpoint", "remove_unfinished", "restore_newest", "save_checkpoint"]
 
 _FOLDER = "step_{:08d}"
 _PATTERN = re.compile(r"step_(\d{8})")
@@ -71,12 +72,26 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, *, keep: int) -> Pa
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((temporary / "state").absolute(), _named_leaves(checkpoint.method_state))
         except Exception as error:  # Orbax and TensorStore report a full disk by whatever it made them trip over
-            raise InputError(f"cannot write checkpoint {target}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"cannot write checkpoint {target}: {_first_line(error)}") from error
         run = {"step": checkpoint.step, "data": checkpoint.data_state, "totals": checkpoint.totals}
         (temporary / "run.json").write_text(json.dumps(run))
     for old in _steps(folder)[keep:]:
         shutil.rmtree(folder / _FOLDER.format(old), ignore_errors=True)
     return target
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed run was about to write.
+
+    Args:
+        folder: where the run's checkpoints lie; it need not exist.
+    """
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _steps(folder: Path) -> list[int]:
@@ -125,6 +140,9 @@ def _restore(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheck
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore((folder / "state").absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise whatever the damaged part happens to trip over
-        raise InputError(f"{folder / 'state'} is damaged or of another run: {str(error).splitlines()[0]}") from error
-    leaves = [restored[name] for name in sorted(restored)]
+        raise InputError(
+            f"{folder / 'state'} is damaged or of another run: {_first_line(error)}"
+        ) from error
+    # Orbax's arrays are committed to a device, for which a step would compile anew; these are as `init` makes them.
+    leaves = [jnp.array(np.asarray(restored[name])) for name in sorted(restored)]
     return RunCheckpoint(step, delta, jax.tree.unflatten(jax.tree.structure(method_state), leaves), data_state, totals)

@@ -47,6 +47,8 @@ class DataConfig:
     """How a row becomes a prompt; auto: the tokenizer's chat template where it has one."""
     train_on: Literal["answer", "output"] = "answer"
     """The field that the model learns to write."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with rows whose answer leaves no room for a prompt in max_length."""
     max_new_tokens: int = 24
     """Longest answer that is generated to be scored, in tokens."""
 

@@ -13,7 +13,7 @@ from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.tuner import ReferenceTuner, StepMetrics, TunerState
 from jaxsparse.subspaces.targets import resolve_targets
-from jaxsparse.train.checkpoints import RunCheckpoint, restore_newest, save_checkpoint
+from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.metrics import MetricsWriter
 from jaxsparse.train.reporter import Reporter, Totals
@@ -49,6 +49,7 @@ def train(
         InputError: a checkpoint cannot be written, or none can be used.
     """
     folder = run.out / "checkpoints"
+    remove_unfinished(folder)
     # A host copy of what may move: checkpoints hold the weights as a delta against it.
     moving = {target.path for target in resolve_targets(params, tuner.method.description.targets)}
     base = {path: np.array(leaf) for path, leaf in flatten_with_paths(params)[0] if path in moving}

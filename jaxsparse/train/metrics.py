@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
+from jaxsparse.common.numbers import finite_or_none
 
-__all__ = ["MetricsWriter"]
+__all__ = ["MetricsWriter", "check_tensorboard"]
 
 
 class MetricsWriter:
@@ -17,16 +18,12 @@ class MetricsWriter:
     Args:
         folder: the run's folder.
         start_step: steps that are done; lines of later ones, which a killed run may have left, are removed.
-        tensorboard: write event files to `folder/tensorboard` too.
-
-    Raises:
-        InputError: TensorBoard is asked for and tensorboardX is not installed.
+        tensorboard: write event files to `folder/tensorboard` too; see `check_tensorboard`.
     """
 
     def __init__(self, folder: Path, start_step: int = 0, *, tensorboard: bool = False) -> None:
         path = folder / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step] if start_step else []
-        atomic_write_text(path, "".join(line + "\n" for line in kept))
+        atomic_write_text(path, "".join(line + "\n" for line in _lines_until(path, start_step)))
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard", start_step) if tensorboard else None
 
@@ -41,24 +38,39 @@ class MetricsWriter:
             self._board.close()
 
     def write(self, step: int, **values: int | float) -> None:
-        """Writes one step's metrics."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes one step's metrics; null for what is not finite."""
+        line = {name: finite_or_none(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file but for a last one that was cut off while being written."""
-    if not path.exists():
+def check_tensorboard() -> None:
+    """Raises an InputError if event files cannot be written."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise InputError("--tensorboard needs tensorboardX: pip install 'jaxsparse[tensorboard]'") from None
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    """The lines of a file up to a step, or up to the first that is damaged."""
+    if not path.exists() or not last_step:
         return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    return kept
 
 
 def _tensorboard(folder: Path, start_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs tensorboardX: pip install 'jaxsparse[tensorboard]'") from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=start_step)

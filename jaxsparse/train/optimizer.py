@@ -1,6 +1,7 @@
 """The inner optimizer and the method that a configuration describes."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -27,8 +28,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         >>> [round(float(rate(step)), 3) for step in range(6)]
         [0.0, 0.25, 0.5, 0.375, 0.25, 0.125]
     """
-    if not config.lr > 0:
-        raise InputError(f"lr must be positive, got {config.lr}")
+    if not 0 < config.lr < math.inf:
+        raise InputError(f"lr must be a positive number, got {config.lr}")
     if not 0 <= config.warmup_steps <= steps:
         raise InputError(f"warmup_steps must lie between 0 and the {steps} steps of the run, got {config.warmup_steps}")
     rest = max(steps - config.warmup_steps, 1)
@@ -50,8 +51,10 @@ def inner_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
         InputError: a value is out of range, or weight decay is asked of an optimizer that has none.
     """
     rate = learning_rate(config, steps)
-    if config.clip < 0:
-        raise InputError(f"clip must be positive, or 0 for none, got {config.clip}")
+    if not 0 <= config.clip < math.inf:
+        raise InputError(f"clip must be a positive number, or 0 for none, got {config.clip}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise InputError(f"weight_decay must be a positive number, or 0 for none, got {config.weight_decay}")
     if config.weight_decay and config.optimizer != "adamw":
         raise InputError(f"weight_decay={config.weight_decay} needs --optimizer adamw, not {config.optimizer}")
     makers: dict[str, Any] = {
@@ -109,8 +112,15 @@ def make_method(config: FinetuneConfig, params: Any, steps: int) -> SubspaceTran
     Raises:
         InputError: an option does not work.
     """
+    inner = config.inner
+    if getattr(config.chosen_method, "carry", None) == "reset" and (inner.schedule != "constant" or inner.warmup_steps):
+        raise InputError(
+            f"carry=reset starts the inner optimizer afresh at every refresh, and schedule={inner.schedule} with "
+            f"warmup_steps={inner.warmup_steps} would start again with it; use carry=slot or carry=coordinate, or "
+            "schedule=constant and warmup_steps=0"
+        )
     return constructor_of(config.method)(
-        inner_optimizer(config.inner, steps),
+        inner_optimizer(inner, steps),
         targets=stacked_targets(params, config.targets),
         seed=config.run.seed,
         **{

@@ -12,7 +12,8 @@ class Report:
     """The result of a run; `report.json` holds the same.
 
     Attributes:
-        loss_before: mean cross-entropy of the held-out answers under the base, nats per token; None without them.
+        loss_before: mean cross-entropy of the held-out answers under the base, nats per token; None without them, or
+            where it is not finite.
         loss_after: the same under the tuned model.
         exact_match_before: share of held-out rows that the base answers right, from 0 to 1.
         exact_match_after: the same for the tuned model.
@@ -22,7 +23,8 @@ class Report:
         delta_bytes: size of the delta on disk.
         bit_identical: whether the delta as saved, applied to the base as it is on disk, is the tuned model bit for bit.
         tokens_per_second: input tokens (padding left out) per second of the steps that did not compile.
-        retention_mean: mean over refreshing steps of ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4).
+        retention_mean: mean over refreshing steps of ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4);
+            None where it is not finite.
         refreshes: how often a support was picked.
         steps: optimizer steps.
         skipped: steps left out because of a gradient that was not finite.
@@ -41,7 +43,7 @@ class Report:
     delta_bytes: int
     bit_identical: bool
     tokens_per_second: float
-    retention_mean: float
+    retention_mean: float | None
     refreshes: int
     steps: int
     skipped: int
@@ -53,17 +55,23 @@ class Report:
         """Returns the report as a table for a terminal."""
         table = Table(title=f"{self.method} on {self.base}", show_header=False, title_justify="left")
         if self.eval_rows:
-            table.add_row(f"held-out loss ({self.eval_rows} rows)", f"{self.loss_before:.3f} -> {self.loss_after:.3f}")
-            table.add_row("exact match", f"{self.exact_match_before:.1%} -> {self.exact_match_after:.1%}")
+            losses = f"{_shown(self.loss_before, '.3f')} -> {_shown(self.loss_after, '.3f')}"
+            table.add_row(f"held-out loss ({self.eval_rows} rows)", losses)
+            matches = f"{_shown(self.exact_match_before, '.1%')} -> {_shown(self.exact_match_after, '.1%')}"
+            table.add_row("exact match", matches)
         table.add_row("steps, refreshes", f"{self.steps:,}, {self.refreshes:,}")
         table.add_row("free coordinates at a time", f"{self.slots:,}")
         table.add_row("entries changed", f"{self.entries_changed:,}")
         per_entry = self.delta_bytes / max(self.entries_changed, 1)
         table.add_row("delta on disk", f"{self.delta_bytes:,} bytes ({per_entry:.2f} per entry)")
         table.add_row("base + delta = tuned model", "bit-identical" if self.bit_identical else "[red]NOT identical")
-        table.add_row("mean retention at refreshes", f"{self.retention_mean:.3f}")
+        table.add_row("mean retention at refreshes", _shown(self.retention_mean, ".3f"))
         table.add_row("speed", f"{self.tokens_per_second:,.0f} tokens/s")
         if self.skipped:
             table.add_row("skipped steps (gradient not finite)", f"[red]{self.skipped:,}")
         table.add_row("delta", self.delta)
         return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -55,7 +55,7 @@ class Reporter:
     Args:
         writer: takes the metrics.
         totals: are added to.
-        rate: learning rate as a function of the step, from 0.
+        rate: learning rate as a function of the optimizer's step, from 0.
         advance: takes the progress.
     """
 
@@ -97,19 +97,21 @@ class Reporter:
             self._totals.seconds += seconds
         if values.refreshed:
             self._totals.retention_at_refresh.append(float(values.retention))
+        # A skipped step does not count for the optimizer, nor for the schedule inside it.
+        rate = float(self._rate(pending.step - 1 - self._totals.skipped))
         self._totals.skipped = int(values.skipped)
-        self._write(pending, values, seconds)
+        self._write(pending, values, rate, seconds)
 
     def restart(self) -> None:
         """Leaves out the time since the last step, which went into something else."""
         self._mark = time.perf_counter()
 
-    def _write(self, pending: _Pending, values: StepMetrics, seconds: float) -> None:
+    def _write(self, pending: _Pending, values: StepMetrics, rate: float, seconds: float) -> None:
         speed = pending.tokens / seconds
         self._writer.write(
             pending.step,
             loss=float(values.loss),
-            learning_rate=float(self._rate(pending.step - 1)),
+            learning_rate=rate,
             retention=float(values.retention),
             retention_mean=float(values.retention_mean),
             refreshed=int(values.refreshed),

@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, and whether a run may start or go on there."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text, check_writable
 from jaxsparse.train.config import FinetuneConfig
 
-__all__ = ["flat_options", "open_run_folder"]
+__all__ = ["check_run_folder", "flat_options", "open_run_folder"]
 
+# No part of a run: how one call of the command goes about it.
+_OF_THE_CALL = {"resume", "json"}
 # What may differ when a run goes on: nothing that the weights depend on.
-_FREE_TO_CHANGE = {"resume", "json", "tensorboard", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "out"}
+_FREE_TO_CHANGE = {"tensorboard", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "out"}
 
 
 def flat_options(config: Any) -> dict[str, Any]:
@@ -29,31 +32,70 @@ def flat_options(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat |= flat_options(value)
-        else:
+        elif field.name not in _OF_THE_CALL:
             flat[field.name] = str(value) if isinstance(value, Path) else value
     return flat
 
 
-def open_run_folder(config: FinetuneConfig) -> None:
-    """Checks that a run may write to its folder, and writes down its configuration.
+def check_run_folder(config: FinetuneConfig) -> None:
+    """Checks that a run may write to its folder. Writes nothing.
 
     Raises:
         InputError: the folder cannot be written, holds a run that is not to be resumed, or holds one whose
-            configuration differs.
+            configuration or data differ.
     """
-    run = config.run
-    check_writable(run.out)
-    written = run.out / "config.yaml"
-    options = flat_options(config)
-    if written.exists():
-        if not run.resume:
-            raise InputError(f"{run.out} holds a run already; --resume goes on with it, or give another --out")
-        before = yaml.safe_load(written.read_text())
-        changed = [name for name in options if name not in _FREE_TO_CHANGE and options[name] != before.get(name)]
-        if changed:
-            name = changed[0]
+    out = config.run.out
+    check_writable(out)
+    if not (out / "config.yaml").exists():
+        return
+    if not config.run.resume:
+        raise InputError(f"{out} holds a run already; --resume goes on with it, or give another --out")
+    options, before = flat_options(config), _read_options(out / "config.yaml")
+    for name, value in options.items():
+        if name not in _FREE_TO_CHANGE and value != before.get(name):
             raise InputError(
-                f"{run.out} was run with {name}={before.get(name)!r}, not {options[name]!r}; "
+                f"{out} was run with {name}={before.get(name)!r}, not {value!r}; "
                 "resume with the same options, or give another --out"
             )
-    atomic_write_text(written, yaml.safe_dump(options, sort_keys=False))
+    record = out / "data.sha256"
+    if record.exists():
+        recorded = [line.split(" ")[0] for line in record.read_text(encoding="utf-8", errors="replace").splitlines()]
+        for file, now, then in zip(_data_files(config), _checksums(config), recorded, strict=False):
+            if now != then:
+                raise InputError(f"{file} has changed since the run in {out} began; restore it, or give another --out")
+
+
+def open_run_folder(config: FinetuneConfig) -> None:
+    """Writes a run's configuration to its folder, and the checksums of its data.
+
+    Raises:
+        InputError: as `check_run_folder`.
+    """
+    check_run_folder(config)
+    out = config.run.out
+    lines = [f"{checksum}  {file}\n" for file, checksum in zip(_data_files(config), _checksums(config), strict=True)]
+    atomic_write_text(out / "data.sha256", "".join(lines))
+    atomic_write_text(out / "config.yaml", yaml.safe_dump(flat_options(config), sort_keys=False))
+
+
+def _read_options(file: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged: {' '.join(str(error).split())}; give another --out") from error
+    if not isinstance(options, dict):
+        raise InputError(f"{file} is damaged: it holds no options; give another --out")
+    return options
+
+
+def _data_files(config: FinetuneConfig) -> list[Path]:
+    return [file for file in (config.rows.data, config.rows.eval_data) if file is not None]
+
+
+def _checksums(config: FinetuneConfig) -> list[str]:
+    """The SHA-256 of every data file, as `sha256sum` prints them."""
+    found = []
+    for file in _data_files(config):
+        with file.open("rb") as opened:
+            found.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return found

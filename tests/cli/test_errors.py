@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
+from jaxsparse import deltas
 from jaxsparse.cli.main import main
+from jaxsparse.common.errors import InputError
 
 
 def flags(model: Any, files: dict[str, Path], out: Path, **options: Any) -> list[str]:
@@ -39,16 +42,31 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ({"targets": "layers/.*/qproj/kernel"}, "near misses: layers/self_attn/q_proj/kernel"),
         ({"targets": "norm/scale"}, "norm/scale is not a matrix"),
         ({"targets": "("}, "no regular expression"),
-        ({"method": "gazdu"}, "unknown method 'gazdu'; known methods: fixed_mask, gasdu"),
-        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"method": "gazdu"}, "unknown method 'gazdu'; known methods: "),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"epochs": 1}, "steps or epochs, not both"),
-        ({"lr": 0}, "lr must be positive"),
+        ({"epochs": "inf", "steps": None}, "epochs must be a positive number, got inf"),
+        ({"epochs": "nan", "steps": None}, "epochs must be a positive number, got nan"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"checkpoint_minutes": 0}, "checkpoint_minutes must be a positive number"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"lr": 0}, "lr must be a positive number, got 0"),
+        ({"lr": "inf"}, "lr must be a positive number, got inf"),
+        ({"lr": "nan"}, "lr must be a positive number, got nan"),
         ({"warmup_steps": 3}, "warmup_steps must lie between 0 and the 2 steps"),
-        ({"clip": -1}, "clip must be positive"),
+        ({"clip": -1}, "clip must be a positive number, or 0 for none, got -1"),
+        ({"clip": "nan"}, "clip must be a positive number, or 0 for none, got nan"),
+        ({"clip": "inf"}, "clip must be a positive number, or 0 for none, got inf"),
+        ({"carry": "reset", "schedule": "linear"}, "carry=reset starts the inner optimizer afresh"),
+        ({"carry": "reset", "warmup_steps": 1}, "warmup_steps=1 would start again"),
         ({"weight_decay": 0.1}, "needs --optimizer adamw"),
         ({"micro_batches": 3}, "micro_batches=3 must divide batch=4"),
         ({"max_length": 512}, "max_length=512 is more than the 256 positions"),
-        ({"batch": 0}, "batch_size=0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"eval_rows": -1}, "eval_rows must be at least 1, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must lie between 1 and 255"),
+        ({"max_new_tokens": -1}, "max_new_tokens must lie between 1 and 255"),
+        ({"max_new_tokens": 256}, "max_new_tokens must lie between 1 and 255"),
         ({"model": "smollm9"}, "smollm9"),
     ],
 )
@@ -60,7 +78,7 @@ def test_bad_options(
     message: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    given = {"model": tiny_model} | options
+    given = {"model": tiny_model, "eval_data": problems["held_out"]} | options
     assert message in fails(["finetune", *flags(given.pop("model"), problems, tmp_path / "run", **given)], capsys)
     assert not (tmp_path / "run").exists()
 
@@ -83,6 +101,44 @@ def test_bad_rows_are_named_by_line(
     assert message in line
     assert "train.json" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_that_is_too_long_is_found_before_anything_is_written(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = json.loads(problems["held_out"].read_text())
+    rows[2]["answer"] = "12 " * 200
+    data = tmp_path / "held_out.json"
+    data.write_text(json.dumps(rows))
+    line = fails(["finetune", *flags(tiny_model, problems, tmp_path / "run", eval_data=data)], capsys)
+    assert "row 3: its answer takes" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_without_its_package(
+    tiny_model: Path,
+    problems: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    line = fails(["finetune", *flags(tiny_model, problems, tmp_path / "run"), "--tensorboard"], capsys)
+    assert "pip install 'jaxsparse[tensorboard]'" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "a[b]/run"])
+def test_a_folder_whose_name_is_a_pattern(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Orbax would write there without a word and find nothing again."""
+    line = fails(["finetune", *flags(tiny_model, problems, tmp_path / name)], capsys)
+    assert "give a path without [ ] * ?" in line
+    delta = deltas.diff({"kernel": jnp.zeros(3)}, {"kernel": jnp.arange(3.0)})
+    with pytest.raises(InputError, match="give a path without"):
+        deltas.save(tmp_path / name, delta)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_models(tiny_model: Path, problems: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -166,15 +222,6 @@ def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "--densty", "1"])
     assert stopped.value.code == 2
-
-
-def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = tmp_path / "config.yaml"
-    assert "cannot read --config" in fails(["finetune", "--config", str(config)], capsys)
-    config.write_text("- lr")
-    assert "must map option names to values" in fails(["finetune", "--config", str(config)], capsys)
-    config.write_text("{")
-    assert "no YAML or JSON" in fails(["finetune", "--config", str(config)], capsys)
 
 
 def test_json_goes_to_standard_output_alone(

@@ -1,40 +1,16 @@
-"""A whole run on a tiny model: what it leaves behind, and that it can be killed and resumed."""
+"""A whole run on a tiny model: what it leaves behind."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import yaml
 
 from jaxsparse import deltas
 from jaxsparse.cli.main import main
-from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.models.checkpoints import load
-
-
-def arguments(model: Path, files: dict[str, Path], out: Path, **options: Any) -> list[str]:
-    given = {"model": model, "data": files["train"], "out": out, "density": 0.02, "refresh-every": 3, "steps": 8}
-    given |= {"lr": 0.01, "batch": 4, "max-length": 128, "template": "plain", "max-new-tokens": 4} | options
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
-def finetune(*args: Any, **options: Any) -> int:
-    return main(["finetune", *arguments(*args, **options)])
-
-
-def weights(model: Path, delta: Path) -> dict[str, np.ndarray]:
-    base = load(model)
-    tuned = deltas.apply(base.params, deltas.load(delta, base=base.params))
-    return {path: np.asarray(leaf) for path, leaf in flatten_with_paths(tuned)[0]}
+from tests.train.runs import arguments, finetune, weights
 
 
 @pytest.mark.parametrize("batching", ["bucketed", "packed"])
@@ -114,78 +90,32 @@ def test_fixed_mask_refreshes_once(tiny_model: Path, problems: dict[str, Path], 
     assert report["entries_changed"] <= report["slots"]
 
 
-def test_resumes_bit_identically_after_sigkill_at_a_random_step(
-    tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+def test_a_diverged_run_reports_null(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = {"steps": 30, "checkpoint-every": 4, "method": "gasdu", "schedule": "linear"}
-    assert finetune(tiny_model, problems, tmp_path / "whole", **options) == 0
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
 
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "jaxsparse.cli.main", "finetune", *arguments(tiny_model, problems, out, **options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ})
-    kill_at = random.randint(9, 26)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = out / "metrics.jsonl"
-        if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before step {kill_at} could be seen"
-    assert not (out / "report.json").exists()
-
-    assert finetune(tiny_model, problems, out, **options) == 2  # without --resume nothing is overwritten
-    flags = arguments(tiny_model, problems, out, **options)
-    assert main(["finetune", *flags, "--resume"]) == 0
-    whole, resumed = (weights(tiny_model, tmp_path / name / "delta") for name in ("whole", "killed"))
-    for path, leaf in whole.items():
-        np.testing.assert_array_equal(leaf.view(np.uint32), resumed[path].view(np.uint32), err_msg=path)
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "killed")
-    ]
-    assert [(line["step"], line["loss"]) for line in lines[0]] == [(line["step"], line["loss"]) for line in lines[1]]
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
-    assert reports[0]["retention_mean"] == reports[1]["retention_mean"]
+    options = {"eval-data": problems["held_out"], "eval-rows": 2, "lr": 1e38, "optimizer": "sgd", "clip": 0, "steps": 4}
+    assert finetune(tiny_model, problems, tmp_path / "run", **options) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text(), parse_constant=refuse)
+    assert report["loss_after"] is None
+    assert report["loss_before"] > 0
+    assert "-> not finite" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert any(json.loads(line, parse_constant=refuse)["loss"] is None for line in lines)
+    predictions = json.loads((tmp_path / "run" / "predictions_after.json").read_text(), parse_constant=refuse)
+    assert predictions["loss"] is None
 
 
-def test_a_damaged_checkpoint_is_reported_and_passed_over(
-    tiny_model: Path, problems: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {"steps": 9, "checkpoint-every": 4}
-    assert finetune(tiny_model, problems, tmp_path / "whole", **options) == 0
-    checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["step_00000004", "step_00000008"]
-    before = weights(tiny_model, tmp_path / "whole" / "delta")
-    (checkpoints[1] / "run.json").write_text("{")
-    flags = [*arguments(tiny_model, problems, tmp_path / "whole", **options), "--resume"]
-    with pytest.warns(UserWarning, match=r"passed over.*step_00000008"):
-        assert main(["finetune", *flags]) == 0
-    for path, leaf in weights(tiny_model, tmp_path / "whole" / "delta").items():
-        np.testing.assert_array_equal(leaf, before[path])
-
-
-def test_the_step_does_not_wait_for_the_host_or_compile_again(
-    tiny_model: Path, problems: dict[str, Path], tmp_path: Path
-) -> None:
-    """Transfers inside the step's own call would raise."""
-    import optax
-
-    import jaxsparse as js
-    from jaxsparse.data import batches, encode_rows, load_rows
-    from jaxsparse.engine.tuner import ReferenceTuner
-    from jaxsparse.models.functional import LanguageModel
-
-    base = load(tiny_model)
-    examples = encode_rows(load_rows(problems["train"]), base.tokenizer, "plain", 128)
-    data = batches(examples, batch_size=4, max_length=128, buckets=[128])
-    tuner = ReferenceTuner(LanguageModel(base.config).loss, js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=2))
-    state = tuner.init(base.params)
-    for _ in range(4):
-        batch = jax.device_put(next(data))
-        with jax.transfer_guard("disallow"):
-            old, (state, _) = state, tuner.step(state, batch)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))  # donated
-    assert tuner.step._cache_size() == 1
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base.params))  # init copied them
+def test_long_answers_are_dropped_on_request(tiny_model: Path, problems: dict[str, Path], tmp_path: Path) -> None:
+    """The rows that stay keep their own answers and predictions."""
+    rows = json.loads(problems["held_out"].read_text())[:4]
+    rows[1]["answer"] = "12 " * 200
+    data = tmp_path / "held_out.json"
+    data.write_text(json.dumps(rows))
+    options = {"eval-data": data, "too-long": "drop", "steps": 1}
+    with pytest.warns(UserWarning, match="dropped 1 of 4 held-out rows"):
+        assert finetune(tiny_model, problems, tmp_path / "run", **options) == 0
+    written = json.loads((tmp_path / "run" / "predictions_after.json").read_text())["rows"]
+    assert [row["answer"] for row in written] == [rows[at]["answer"] for at in (0, 2, 3)]

@@ -1,0 +1,163 @@
+"""A run that was killed goes on as if nothing had happened, or says why it cannot."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse as js
+from jaxsparse.cli.main import main
+from jaxsparse.data import batches, encode_rows, load_rows
+from jaxsparse.engine.tuner import ReferenceTuner
+from jaxsparse.models.checkpoints import load
+from jaxsparse.models.functional import LanguageModel
+from jaxsparse.train.config import RunConfig
+from jaxsparse.train.loop import train
+from tests.train.runs import arguments, finetune, metrics_of, weights
+
+
+def test_resumes_bit_identically_after_sigkill_at_a_random_step(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"steps": 30, "checkpoint-every": 4, "method": "gasdu", "schedule": "linear"}
+    assert finetune(tiny_model, problems, tmp_path / "whole", **options) == 0
+
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "jaxsparse.cli.main", "finetune", *arguments(tiny_model, problems, out, **options)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ})
+    kill_at = random.randint(9, 26)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = out / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, f"the run ended before step {kill_at} could be seen"
+    assert not (out / "report.json").exists()
+
+    assert finetune(tiny_model, problems, out, **options) == 2  # without --resume nothing is overwritten
+    flags = arguments(tiny_model, problems, out, **options)
+    assert main(["finetune", *flags, "--resume"]) == 0
+    whole, resumed = (weights(tiny_model, tmp_path / name / "delta") for name in ("whole", "killed"))
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(leaf.view(np.uint32), resumed[path].view(np.uint32), err_msg=path)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert [(line["step"], line["loss"]) for line in lines[0]] == [(line["step"], line["loss"]) for line in lines[1]]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert reports[0]["retention_mean"] == reports[1]["retention_mean"]
+
+
+def test_a_damaged_checkpoint_is_reported_and_passed_over(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"steps": 9, "checkpoint-every": 4}
+    assert finetune(tiny_model, problems, tmp_path / "whole", **options) == 0
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step_00000004", "step_00000008"]
+    before = weights(tiny_model, tmp_path / "whole" / "delta")
+    (checkpoints[1] / "run.json").write_text("{")
+    flags = [*arguments(tiny_model, problems, tmp_path / "whole", **options), "--resume"]
+    with pytest.warns(UserWarning, match=r"passed over.*step_00000008"):
+        assert main(["finetune", *flags]) == 0
+    for path, leaf in weights(tiny_model, tmp_path / "whole" / "delta").items():
+        np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_a_resumed_run_compiles_its_step_once(tiny_model: Path, problems: dict[str, Path], tmp_path: Path) -> None:
+    base = load(tiny_model)
+    examples = encode_rows(load_rows(problems["train"]), base.tokenizer, "plain", 128)
+    method = js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=3)
+
+    def compiled(steps: int, **options: bool) -> int:
+        data = batches(examples, batch_size=4, max_length=128, mode="packed")  # packed: all of one shape
+        tuner = ReferenceTuner(LanguageModel(base.config).loss, method)
+        run = RunConfig(tmp_path, steps=steps, checkpoint_every=2, **options)
+        params = load(tiny_model).params
+        train(tuner, params, data, run, steps, rate=lambda step: 0.01, base_fingerprint=base.fingerprint)
+        return tuner.step._cache_size()
+
+    tmp_path.mkdir(exist_ok=True)
+    assert compiled(3) == 1
+    leftover = tmp_path / "checkpoints" / ".step_00000004.k1lled"
+    leftover.mkdir()
+    (leftover / "run.json").write_text("{")
+    assert compiled(5, resume=True) == 1
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, problems: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose last checkpoint is of step 4; `again` copies it."""
+    out = tmp_path_factory.mktemp("finished")
+    data = {"train": out / "train.json"}
+    shutil.copy(problems["train"], data["train"])
+    options = {"eval-data": problems["held_out"], "eval-rows": 2, "steps": 5, "checkpoint-every": 4}
+    assert finetune(tiny_model, data, out / "run", **options) == 0
+    return out
+
+
+@pytest.fixture
+def again(
+    finished: Path, tiny_model: Path, problems: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[str]]:
+    """The folder of a fresh copy of a finished run, and the command line that resumes it."""
+    copy = finished.with_name(finished.name + "_copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(finished, copy)
+    options = {"eval-data": problems["held_out"], "eval-rows": 2, "steps": 5, "checkpoint-every": 4}
+    given = arguments(tiny_model, {"train": finished / "train.json"}, copy / "run", **options)
+    return copy / "run", ["finetune", *given, "--resume"]
+
+
+def test_a_finished_run_can_be_resumed(finished: Path, again: tuple[Path, list[str]]) -> None:
+    """Even where a crash has damaged what is only told, not needed."""
+    out, command = again
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]) + "\n")
+    (out / "predictions_before.json").write_text('{"loss": 1.0, "rows": [')
+    assert main(command) == 0
+    assert [line["step"] for line in metrics_of(out)] == [1, 5]
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (finished / "run", out))
+    changing = {"tokens_per_second", "delta"}
+    assert {name: first[name] for name in first if name not in changing} == {
+        name: second[name] for name in second if name not in changing
+    }
+    assert not {"resume", "json"} & set((out / "config.yaml").read_text().replace(":", " ").split())
+
+
+@pytest.mark.parametrize("text", ["", "{", "- 1", "lr: [", "\0"])
+def test_a_damaged_config_is_named(text: str, again: tuple[Path, list[str]], capsys: pytest.CaptureFixture) -> None:
+    out, command = again
+    (out / "config.yaml").write_text(text)
+    assert main(command) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "config.yaml is damaged" in line
+    assert (out / "config.yaml").read_text() == text
+
+
+def test_changed_data_is_refused(finished: Path, again: tuple[Path, list[str]], capsys: pytest.CaptureFixture) -> None:
+    _, command = again
+    data = finished / "train.json"
+    before = data.read_text()
+    try:
+        data.write_text(before.replace("How many", "How  many", 1))
+        assert main(command) == 2
+    finally:
+        data.write_text(before)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "train.json has changed since the run" in line
