@@ -22,28 +22,46 @@ def modules() -> list[tuple[str, Path]]:
     return ours + [("kernels", path) for path in (ROOT / "kernels").rglob("*.py")]
 
 
-def imported_layers(path: Path) -> set[str]:
-    """Layers that a module imports from, at its top or inside functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            assert node.level == 0, f"{path}: relative import"
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("jaxsparse.")}
-    return found
+def imported_layers(source: str) -> set[str]:
+    """Layers that a module imports from, at its top or inside functions; "" for the package as a whole."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names.append("jaxsparse")  # a relative import hides its layer
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [[*name.split("."), ""] for name in names]
+    return {part[1] if part[1] in LAYERS else "" for part in parts if part[0] == "jaxsparse"}
 
 
 def test_imports_go_downwards_only() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {other}"
+        f"{path.relative_to(ROOT)} imports {other or 'jaxsparse as a whole'}"
         for layer, path in modules()
-        for other in imported_layers(path)
-        if other in LAYERS and LAYERS.index(other) < LAYERS.index(layer)
+        for other in imported_layers(path.read_text())
+        if not other or LAYERS.index(other) < LAYERS.index(layer)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "layers"),
+    [
+        ("import jaxsparse as js", {""}),
+        ("def f():\n    import jaxsparse", {""}),
+        ("from jaxsparse import gasdu", {""}),
+        ("from . import gasdu", {""}),
+        ("from .tuner import step", {""}),
+        ("from jaxsparse import deltas", {"deltas"}),
+        ("import jaxsparse.train.loop", {"train"}),
+        ("from jaxsparse.cli.main import main", {"cli"}),
+        ('"""\n>>> import jaxsparse as js\n"""\nimport jax', set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, layers: set[str]) -> None:
+    assert imported_layers(source) == layers
 
 
 def test_every_layer_has_its_place() -> None:
