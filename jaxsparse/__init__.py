@@ -8,8 +8,21 @@ from typing import Any
 
 from jaxsparse.common.errors import InputError as InputError
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
+from jaxsparse.methods.baselines import saft as saft
+from jaxsparse.methods.baselines import shira as shira
+from jaxsparse.methods.baselines import sift as sift
+from jaxsparse.methods.baselines import super_tuning as super_tuning
+from jaxsparse.methods.cheap_lora import c3la as c3la
+from jaxsparse.methods.cheap_lora import cla as cla
+from jaxsparse.methods.cheap_lora import r_c3la as r_c3la
+from jaxsparse.methods.cheap_lora import r_cla as r_cla
+from jaxsparse.methods.gallop import gallop as gallop
 from jaxsparse.methods.gasdu import fixed_mask as fixed_mask
 from jaxsparse.methods.gasdu import gasdu as gasdu
+from jaxsparse.methods.neuroada import neuroada as neuroada
+from jaxsparse.methods.paca import c_paca as c_paca
+from jaxsparse.methods.paca import d_paca as d_paca
+from jaxsparse.methods.paca import paca as paca
 from jaxsparse.select.schedules import adaptive as adaptive
 from jaxsparse.subspaces.targets import Target as Target
 

@@ -10,17 +10,27 @@ import tyro
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import SlotsDType, SubspaceTransformation
+from jaxsparse.methods.baselines import saft, shira, sift, super_tuning
+from jaxsparse.methods.cheap_lora import c3la, cla, r_c3la, r_cla
+from jaxsparse.methods.gallop import gallop
 from jaxsparse.methods.gasdu import fixed_mask, gasdu
+from jaxsparse.methods.neuroada import neuroada
+from jaxsparse.methods.paca import c_paca, d_paca, paca
 from jaxsparse.select.schedules import RefreshEvery
 
 __all__ = ["METHODS", "constructor_of", "options_class"]
 
 METHODS: dict[str, Callable[..., SubspaceTransformation]] = {
-    constructor.__name__: constructor for constructor in (gasdu, fixed_mask)
+    constructor.__name__: constructor
+    for constructor in (
+        *(gasdu, fixed_mask, neuroada, gallop),
+        *(cla, r_cla, c3la, r_c3la, paca, d_paca, c_paca),
+        *(sift, saft, shira, super_tuning),
+    )
 }
 
 # Arguments that every method has, and that a run sets in one place for all of them.
-_COMMON = ("inner", "targets", "seed")
+_COMMON = ("inner", "targets", "seed", "gradients", "learning_rate")
 # What can be written on a command line, for arguments that take more than that from Python.
 _WRITTEN: dict[Any, Any] = {RefreshEvery: int, SlotsDType: str | None}
 

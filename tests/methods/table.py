@@ -1,7 +1,8 @@
 """One row per constructor: every contract test runs on every row."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jaxsparse as js
@@ -13,22 +14,49 @@ class Row:
 
     Attributes:
         constructor: takes the inner optimizer first, then keywords.
-        options: keywords for every test, targets excluded.
-        converging: further options under which the method reaches any optimum (its mask reaches every entry).
-        static: the options that set shapes and cannot be injected.
+        options: keywords for every test, targets excluded; they fit matrices of 2 x 3 and 5 x 2.
+        converging: options under which the method reaches any optimum, since its mask reaches every entry; None:
+            there are none.
+        looks: first steps that change nothing.
+        injectable: the options that may be traced; all others set shapes.
     """
 
     constructor: Callable[..., Any]
     options: dict[str, Any]
-    converging: dict[str, Any]
-    static: tuple[str, ...] = field(default=("density", "budget", "targets"))
+    converging: dict[str, Any] | None = None
+    looks: int = 0
+    injectable: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.constructor.__name__
 
+    @property
+    def static(self) -> tuple[str, ...]:
+        """What `optax.inject_hyperparams` must leave alone."""
+        shapes = {*self.options, "density", "budget", "targets", "epsilon", "gradients"} - {*self.injectable}
+        return tuple(shapes & {*inspect.signature(self.constructor).parameters})
+
 
 ROWS = [
-    Row(js.gasdu, {"density": 0.5, "refresh_every": 3}, {"density": 0.5, "refresh_every": 1}),
+    Row(
+        js.gasdu,
+        {"density": 0.5, "refresh_every": 3},
+        {"density": 0.5, "refresh_every": 1},
+        injectable=("refresh_every",),
+    ),
     Row(js.fixed_mask, {"density": 0.5}, {"density": 1.0}),
+    Row(js.sift, {"density": 0.5}, {"density": 1.0}, looks=1),
+    Row(js.saft, {"density": 0.5, "calibration_steps": 1}, {"density": 1.0}, looks=1),
+    Row(js.gallop, {"density": 0.5, "calibration_steps": 1}, {"density": 1.0}, looks=1),
+    Row(js.super_tuning, {"density": 0.5}, {"density": 1.0}),
+    Row(js.shira, {"rank": 1}),
+    Row(js.neuroada, {"k": 1}),
+    Row(js.cla, {"rank": 1}),
+    Row(js.r_cla, {"rank": 1}),
+    Row(js.c3la, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
+    Row(js.r_c3la, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
+    Row(js.paca, {"rank": 1}),
+    Row(js.d_paca, {"rank": 1}),
+    Row(js.c_paca, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
 ]

@@ -19,7 +19,9 @@ INNERS = {
     "adam": lambda: optax.adam(0.05),
 }
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-inners = pytest.mark.parametrize("inner", INNERS)
+# How a method meets inner optimizers is one code for all: the first row tries them all, the others one.
+PAIRS = [(row, inner) for row in ROWS for inner in (INNERS if row is ROWS[0] else ["adam"])]
+inners = pytest.mark.parametrize(("row", "inner"), PAIRS, ids=lambda value: getattr(value, "name", value))
 
 
 def make(row: Row, inner: str, **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -53,7 +55,6 @@ def compilations(function: Any, *args: Any) -> int:
     return count
 
 
-@rows
 @inners
 def test_accepts_extra_arguments_and_does_not_recompile(row: Row, inner: str, rng: np.random.Generator) -> None:
     tx = make(row, inner)
@@ -69,9 +70,10 @@ def test_accepts_extra_arguments_and_does_not_recompile(row: Row, inner: str, rn
     assert compilations(jax.jit(lambda x: x * rng.normal()), params["a"]) > 0  # the counter counts
 
 
-@rows
-@pytest.mark.parametrize("inner", [name for name in INNERS if name != "none"])
+@inners
 def test_converges_when_every_entry_can_move(row: Row, inner: str, rng: np.random.Generator) -> None:
+    if row.converging is None or inner == "none":
+        pytest.skip("frees a part of the entries, or only masks")
     tx = make(row, inner, **row.converging)
     params, loss = problem(rng)
     before = loss(params)
@@ -85,7 +87,6 @@ def test_converges_when_every_entry_can_move(row: Row, inner: str, rng: np.rando
     assert loss(params) < 1e-2 * before
 
 
-@rows
 @inners
 def test_state_survives_tree_map_params(row: Row, inner: str, rng: np.random.Generator) -> None:
     tx = make(row, inner)
@@ -100,17 +101,19 @@ def test_state_survives_tree_map_params(row: Row, inner: str, rng: np.random.Gen
 
 
 @rows
-def test_inner_state_has_the_size_of_the_slots(row: Row, rng: np.random.Generator) -> None:
+def test_inner_state_has_one_entry_for_every_weight_that_moves(row: Row, rng: np.random.Generator) -> None:
     tx = make(row, "adam")
-    params, _ = problem(rng)
+    params, loss = problem(rng)
     state = tx.init(params)
-    slots = sum(leaf.size for leaf in jax.tree.leaves(state.support))
+    for _ in range(row.looks + 1):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+    moved = sum(int(jnp.sum(leaf != 0)) for leaf in jax.tree.leaves(updates))
     adam = state.inner[0]
-    assert sum(leaf.size for leaf in jax.tree.leaves((adam.mu, adam.nu))) == 2 * slots
+    assert sum(leaf.size for leaf in jax.tree.leaves((adam.mu, adam.nu))) == 2 * moved
+    assert moved < sum(leaf.size for leaf in jax.tree.leaves(params))
     assert jax.tree.leaves(state.master) == []  # float32 weights are their own masters
 
 
-@rows
 @inners
 def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.random.Generator) -> None:
     params, loss = problem(rng)
@@ -119,10 +122,11 @@ def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.ra
     factory = functools.partial(row.constructor, INNERS[inner]())
     injected = optax.inject_hyperparams(factory, static_args=row.static)(**options)
     state, injected_state = jax.jit(tx.init)(params), jax.jit(injected.init)(params)
+    update, injected_update = jax.jit(tx.update), jax.jit(injected.update)
     for _ in range(4):
         gradients = jax.grad(loss)(params)
-        updates, state = jax.jit(tx.update)(gradients, state, params)
-        injected_updates, injected_state = jax.jit(injected.update)(gradients, injected_state, params)
+        updates, state = update(gradients, state, params)
+        injected_updates, injected_state = injected_update(gradients, injected_state, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, injected_updates)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), tuple(state), tuple(injected_state.inner_state)
@@ -130,7 +134,6 @@ def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.ra
         params = optax.apply_updates(params, updates)
 
 
-@rows
 @inners
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_parameters_keep_their_dtype_and_state_its_types(
@@ -149,7 +152,6 @@ def test_parameters_keep_their_dtype_and_state_its_types(
     jax.lax.cond(jnp.array(True), lambda: state, lambda: new_state)
 
 
-@rows
 @inners
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_multi_steps_emits_nothing_until_the_last_micro_batch(
@@ -174,7 +176,7 @@ def test_multi_steps_emits_nothing_until_the_last_micro_batch(
             )
             params = optax.apply_updates(params, updates)
     # A step is an optimizer step: micro-batches do not count.
-    assert int(state.inner_opt_state.progress.steps) == 2
+    assert int(state.inner_opt_state.progress.steps) == 2 - row.looks
 
 
 @rows
@@ -183,9 +185,9 @@ def test_inner_schedule_equals_constant(row: Row, rng: np.random.Generator) -> N
     results = []
     for rate in (0.05, optax.constant_schedule(0.05)):
         tx = row.constructor(optax.adam(rate), **row.options, targets=".*")
-        current, state = params, tx.init(params)
+        current, state, update = params, tx.init(params), jax.jit(tx.update)
         for _ in range(5):
-            updates, state = tx.update(jax.grad(loss)(current), state, current)
+            updates, state = update(jax.grad(loss)(current), state, current)
             current = optax.apply_updates(current, updates)
         results.append(current)
     jax.tree.map(np.testing.assert_array_equal, *results)
@@ -214,8 +216,7 @@ def test_a_step_may_donate_parameters_and_state(row: Row, rng: np.random.Generat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
 
 
-@rows
-@pytest.mark.parametrize("inner", ["none", "adam"])
+@inners
 def test_trains_its_part_under_masked_and_partition(row: Row, inner: str, rng: np.random.Generator) -> None:
     """What optax's wrappers leave out is no weight of ours, and what they leave in trains as if it were alone."""
     params, loss = problem(rng)
