@@ -71,6 +71,7 @@ def test_the_written_config_repeats_the_run_to_the_bit(
         np.testing.assert_array_equal(leaf, second[path])
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_train_through_float32_masters(
     tiny_model: Path, problems: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from jaxsparse.train.loop import train
 from tests.train.runs import arguments, finetune, metrics_of, weights
 
 
+@pytest.mark.slow
 def test_resumes_bit_identically_after_sigkill_at_a_random_step(
     tiny_model: Path, problems: dict[str, Path], tmp_path: Path
 ) -> None:
