@@ -140,9 +140,7 @@ def _restore(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheck
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore((folder / "state").absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise whatever the damaged part happens to trip over
-        raise InputError(
-            f"{folder / 'state'} is damaged or of another run: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{folder / 'state'} is damaged or of another run: {_first_line(error)}") from error
     # Orbax's arrays are committed to a device, for which a step would compile anew; these are as `init` makes them.
     leaves = [jnp.array(np.asarray(restored[name])) for name in sorted(restored)]
     return RunCheckpoint(step, delta, jax.tree.unflatten(jax.tree.structure(method_state), leaves), data_state, totals)
