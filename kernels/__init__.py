@@ -1,1 +1,1 @@
-"""."""
+"""Operations on sparse subspaces that depend on jax alone; the fused engine will call them."""

@@ -3,6 +3,7 @@
 It is the definition of every method: pure, exact, and at home in any optax pipeline.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked, resolve_targets, tree_size
 
-__all__ = ["SubspaceState", "reference_engine"]
+__all__ = ["SubspaceState", "count_slots", "reference_engine"]
 
 
 class SubspaceState(NamedTuple):
@@ -64,6 +65,32 @@ def _places(description: Description, targets: Sequence[ResolvedTarget], structu
     if description.scope == "global":
         return GlobalPlaces(description.subspace, targets, structure)
     return MatrixPlaces(description.subspace, targets, structure)
+
+
+def count_slots(method: SubspaceTransformation, params: Any) -> int:
+    """Returns how many entries of the model a method frees at a time.
+
+    Args:
+        method: what a constructor returns.
+        params: the parameters, or their shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxsparse as js
+        >>> count_slots(js.cla(rank=2, targets="kernel"), {"kernel": jnp.ones((4, 3))})
+        6
+    """
+    description = method.description
+    targets = resolve_targets(params, description.targets)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
+    places = _places(description, targets, structure)
+    counts = description.subspace.counts(targets, tree_size(params))
+
+    def slots() -> Any:
+        weights = [target.view.matrices(jnp.zeros(leaves[target.position].shape)) for target in targets]
+        return places.gather(weights, places.empty(counts))
+
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(slots)))
 
 
 def _init(description: Description, params: Any) -> SubspaceState:

@@ -15,6 +15,7 @@ from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.data.rows import load_rows
+from jaxsparse.engine.reference import count_slots
 from jaxsparse.engine.tuner import ReferenceTuner, TunerState
 from jaxsparse.evaluate.held_out import Measurement, measure
 from jaxsparse.models.checkpoints import Checkpoint, load
@@ -70,7 +71,7 @@ def carry_out(job: Job) -> Report:
     )
     after = _measured(job, "after", state.params)
     delta = _save_delta(config, base, state.params, job.steps)
-    report = _report(config, before, after, state, totals, delta, job.steps)
+    report = _report(job, before, after, state, totals, delta)
     text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
     atomic_write_text(config.run.out / "report.json", text + "\n")
     return report
@@ -146,13 +147,12 @@ def _bits_equal(one: jax.Array, other: jax.Array) -> bool:
 
 
 def _report(
-    config: FinetuneConfig,
+    job: Job,
     before: Measurement | None,
     after: Measurement | None,
     state: TunerState,
     totals: Totals,
     delta: _SavedDelta,
-    steps: int,
 ) -> Report:
     retention = totals.retention_at_refresh
     return Report(
@@ -162,15 +162,15 @@ def _report(
         exact_match_after=after.exact_match if after else None,
         eval_rows=after.rows if after else 0,
         entries_changed=delta.entries,
-        slots=sum(leaf.size for leaf in jax.tree.leaves(state.method.support)),
+        slots=count_slots(job.method, state.params),
         delta_bytes=delta.size,
         bit_identical=delta.bit_identical,
         tokens_per_second=totals.tokens_per_second,
         retention_mean=finite_or_none(sum(retention) / len(retention)) if retention else 1.0,
         refreshes=int(state.method.progress.refreshes),
-        steps=steps,
+        steps=job.steps,
         skipped=totals.skipped,
-        method=config.method,
-        base=config.base.model,
+        method=job.config.method,
+        base=job.config.base.model,
         delta=str(delta.path),
     )
