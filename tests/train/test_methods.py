@@ -9,10 +9,10 @@ from jaxsparse.cli.main import main
 from jaxsparse.methods.registry import METHODS
 
 OPTIONS = {
-    **dict.fromkeys(("gasdu", "fixed_mask", "sift", "gallop"), ["--density", "0.02"]),
-    **dict.fromkeys(("cla", "r_cla", "paca", "d_paca"), ["--rank", "2"]),
-    **dict.fromkeys(("c3la", "r_c3la", "c_paca"), ["--rank", "2", "--chain-every", "5"]),
-    "shira": ["--rank", "1"],
+    **dict.fromkeys(("gasdu", "fixed_mask", "sift", "gallop"), ("--density", "0.02")),
+    **dict.fromkeys(("cla", "r_cla", "paca", "d_paca"), ("--rank", "2")),
+    **dict.fromkeys(("c3la", "r_c3la", "c_paca"), ("--rank", "2", "--chain-every", "5")),
+    "shira": ("--rank", "1"),
 }
 
 
@@ -24,7 +24,7 @@ def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
     flags = {"model": tiny_model, "data": problems["train"], "out": out, "method": method, "steps": 12, "lr": 0.02}
     flags |= {"batch": 8, "max-length": 128, "template": "plain"}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    assert main(["finetune", *given, *OPTIONS.get(method, [])]) == 0
+    assert main(["finetune", *given, *OPTIONS.get(method, ())]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["bit_identical"]
     assert report["method"] == method
