@@ -6,6 +6,8 @@ Every method is an optax gradient transformation: `tx = js.gasdu(optax.adam(1e-4
 import importlib
 from typing import Any
 
+from jaxsparse import select as select
+from jaxsparse import subspaces as subspaces
 from jaxsparse.common.errors import InputError as InputError
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
 from jaxsparse.methods.baselines import saft as saft
@@ -16,6 +18,7 @@ from jaxsparse.methods.cheap_lora import c3la as c3la
 from jaxsparse.methods.cheap_lora import cla as cla
 from jaxsparse.methods.cheap_lora import r_c3la as r_c3la
 from jaxsparse.methods.cheap_lora import r_cla as r_cla
+from jaxsparse.methods.composition import subspace_descent as subspace_descent
 from jaxsparse.methods.gallop import gallop as gallop
 from jaxsparse.methods.gasdu import fixed_mask as fixed_mask
 from jaxsparse.methods.gasdu import gasdu as gasdu
