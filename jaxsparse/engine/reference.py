@@ -18,6 +18,7 @@ from jaxsparse.engine.places import NOTHING, GlobalPlaces, MatrixPlaces, Places,
 from jaxsparse.engine.selection import select
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
+from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked, resolve_targets, tree_size
 
 __all__ = ["SubspaceState", "count_slots", "reference_engine"]
@@ -80,41 +81,50 @@ def count_slots(method: SubspaceTransformation, params: Any) -> int:
         >>> count_slots(js.cla(rank=2, targets="kernel"), {"kernel": jnp.ones((4, 3))})
         6
     """
-    description = method.description
+    _, _, slots = _start(method.description, params)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(slots))
+
+
+def _start(description: Description, params: Any) -> tuple[Places, Any, Any]:
+    """The places of the slots in a model, the support to start from, and the shapes of the slots' weights."""
     targets = resolve_targets(params, description.targets)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
     places = _places(description, targets, structure)
-    counts = description.subspace.counts(targets, tree_size(params))
+    support = places.empty(description.subspace.counts(targets, tree_size(params)))
 
-    def slots() -> Any:
-        weights = [target.view.matrices(jnp.zeros(leaves[target.position].shape)) for target in targets]
-        return places.gather(weights, places.empty(counts))
+    def gather(weights: list[Array]) -> Any:
+        matrices = [target.view.matrices(weight) for target, weight in zip(targets, weights, strict=True)]
+        return places.gather(matrices, support)
 
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(slots)))
+    return places, support, jax.eval_shape(gather, [leaves[target.position] for target in targets])
 
 
 def _init(description: Description, params: Any) -> SubspaceState:
-    targets = resolve_targets(params, description.targets)
-    leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
-    if not leaves:  # the placeholder of optax.tree.map_params stands for any tree
+    if not jax.tree.leaves(params):  # the placeholder of optax.tree.map_params stands for any tree
         inner = () if description.inner is None else description.inner.init(params)
         evidence = (jnp.zeros([], jnp.int32), params) if description.calibration_steps else ()
         return SubspaceState(Progress.start(), params, params, params, inner, evidence)
-    places = _places(description, targets, structure)
-    counts = description.subspace.counts(targets, tree_size(params))
-    support = places.empty(counts)
-    weights = [target.view.matrices(leaves[target.position]) for target in targets]
-    slot_weights = jax.eval_shape(places.gather, weights, support)
+    places, support, slot_weights = _start(description, params)
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
     has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)
-    master = jax.tree.map(lambda has, z: z if has else optax.MaskedNode(), has_master, zeros)
+    master = jax.tree.map(lambda has, z: jnp.copy(z) if has else optax.MaskedNode(), has_master, zeros)
     inner = () if description.inner is None else description.inner.init(zeros)
-    sums = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)) for w in weights]
-    evidence = (jnp.zeros([], jnp.int32), places.spread(sums)) if description.calibration_steps else ()
-    return SubspaceState(
-        Progress.start(), support, zeros if description.sees == "change" else nothing, master, inner, evidence
-    )
+    slots = zeros if description.sees == "change" else nothing
+    return SubspaceState(Progress.start(), support, slots, master, inner, _no_evidence(description, places, params))
+
+
+def _no_evidence(description: Description, places: Places, params: Any) -> Any:
+    """Sums to begin calibrating with: dense, one stack of matrices per target."""
+    if not description.calibration_steps:
+        return ()
+    leaves = leaves_of(places.targets, params)
+    views = [target.view for target in places.targets]
+    sums = [
+        jnp.zeros((view.stack, view.in_size, view.out_size), score_dtype(leaf.dtype))
+        for view, leaf in zip(views, leaves, strict=True)
+    ]
+    return jnp.zeros([], jnp.int32), places.spread(sums)
 
 
 def _update(
@@ -134,7 +144,7 @@ def _update(
         due, pick, lambda old, *_: old, state.support, mean_gradients, weights, state.progress.refreshes
     )
     slot_gradients = places.gather(gradients, support)
-    progress = _advance(state.progress, due, *_retention(gradients, slot_gradients))
+    progress = _advance(state.progress, due, *_retention(description, gradients, slot_gradients))
 
     if description.inner is None:
         moves, slots, master, inner = slot_gradients, state.slots, state.master, state.inner
@@ -184,7 +194,9 @@ def _calibrate(
     return calibrating, (count + counted, places.spread(added)), means
 
 
-def _retention(gradients: list[Array], slot_gradients: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _retention(
+    description: Description, gradients: list[Array], slot_gradients: Any
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """||masked g||^2 / ||g||^2 over all targets, and its mean over matrices; 1 where nothing is to be retained."""
     slots = jax.tree.leaves(slot_gradients)
     if not gradients or not slots:
@@ -194,7 +206,7 @@ def _retention(gradients: list[Array], slot_gradients: Any) -> tuple[Float[Array
     kept = [_energy(g, largest) for g in slots]
     whole = jnp.concatenate([_energy(g, largest) for g in gradients])
     retention = _ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
-    if len(kept) != len(gradients):  # slots that compete over all matrices have no mean over matrices
+    if description.scope == "global":  # slots that compete over all matrices have no mean over matrices
         return retention, retention
     return retention, jnp.mean(_ratio(jnp.concatenate(kept), whole))
 

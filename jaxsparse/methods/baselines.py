@@ -41,7 +41,7 @@ def sift(
         seed: kept for the common signature; nothing is drawn.
 
     Returns:
-        A gradient transformation with state `js.SubspaceState`, which holds a dense gradient until it has picked.
+        A gradient transformation with state `js.SubspaceState`, which holds a dense gradient.
 
     Raises:
         InputError: density or budget out of range.
@@ -92,8 +92,8 @@ def saft(
         density: free coordinates / size of the targets; 0.1 % in the paper. None with a `budget`.
         budget: free coordinates / all parameters.
         scope: "global": entries compete over all targets; "matrix": inside each matrix.
-        calibration_steps: so many first updates change nothing; the mean of their gradients picks. Until then the
-            state holds a dense sum.
+        calibration_steps: so many first updates change nothing; the mean of their gradients picks. The state then
+            holds a dense sum, which `gradients` spare.
         gradients: mean gradients by parameter path, in place of calibration steps.
         targets: the weights that may move; None: the attention projections of a known model.
         slots_dtype: "promote" keeps float32 masters of narrower weights; None keeps none.

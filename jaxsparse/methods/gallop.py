@@ -43,8 +43,8 @@ def gallop(
         budget: free coordinates / all parameters.
         scope: "global": entries compete over all targets; "matrix": inside each matrix.
         epsilon: keeps the quotient finite.
-        calibration_steps: so many first updates change nothing; the mean of their gradients picks. Until then the
-            state holds a dense sum.
+        calibration_steps: so many first updates change nothing; the mean of their gradients picks. The state then
+            holds a dense sum, which `gradients` spare.
         gradients: mean gradients by parameter path, in place of calibration steps.
         targets: the weights that may move; None: the attention projections of a known model.
         slots_dtype: "promote" keeps float32 masters of narrower weights; None keeps none.

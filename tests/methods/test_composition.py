@@ -109,6 +109,17 @@ def test_blocks_and_everything_train(rng: np.random.Generator) -> None:
     assert (rows.min(), columns.min()) == best
 
 
+def test_one_target_may_be_global_too(rng: np.random.Generator) -> None:
+    params, gradient = trees(rng, 2)
+    options = {"density": 0.25, "gradients": gradient, "targets": "kernel"}
+    results = [
+        run(js.saft(optax.adam(0.1), scope=scope, **options), params, [gradient]) for scope in ("global", "matrix")
+    ]
+    np.testing.assert_array_equal(results[0][0]["kernel"], results[1][0]["kernel"])
+    retentions = [float(state.progress.retention) for _, state in results]
+    assert retentions[0] == pytest.approx(retentions[1], rel=1e-6)
+
+
 def test_global_slots_follow_their_entries_when_picked_again(rng: np.random.Generator) -> None:
     """carry="coordinate" over all matrices: momentum stays with entries that stay."""
     params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 2))}
