@@ -16,7 +16,7 @@ lint: $(VENV)/.installed-test
 
 # Lines covered by tests, per file; fails if a public function is not covered at all.
 coverage: $(VENV)/.installed-test
-	$(BIN)/python tests/coverage_report.py
+	$(BIN)/python -m tests.coverage_report
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxsparse needs Python 3.11 or newer; try make PYTHON=python3.11")'

@@ -1,6 +1,6 @@
 """Prints the lines covered by tests, per file, and fails if a public function is never entered.
 
-Usage: python tests/coverage_report.py [pytest arguments]; `make coverage` runs it over the whole suite.
+Usage: python -m tests.coverage_report [pytest arguments]; `make coverage` runs it over the whole suite.
 """
 
 import ast
