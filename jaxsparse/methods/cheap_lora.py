@@ -83,12 +83,12 @@ def cla(
 
     .. math:: W[0..r-1] = W_0[0..r-1] + (\alpha / r) B, \quad B_0 = 0
 
-    Beyond LoRA, section 3 and algorithm 1.
+    Beyond LoRA, section 2.3 and algorithm 1.
 
     Args:
         inner: optimizer of B; it sees B as parameters.
         rank: r, the number of free input slices of every matrix.
-        alpha: the change of W is (alpha/r) B; None: 2 r (Beyond LoRA, section 5).
+        alpha: the change of W is (alpha/r) B; None: 2 r, as in Beyond LoRA (METHODS.md).
         targets: the weights that may move; None: the attention projections of a known model.
         slots_dtype: "promote" keeps float32 masters of narrower weights; None keeps none.
         seed: kept for the common signature; nothing is drawn.
@@ -134,12 +134,12 @@ def r_cla(
 ) -> SubspaceTransformation:
     r"""Random cheap LoRA: as `cla`, with r random inputs, drawn once for every matrix without replacement.
 
-    Beyond LoRA, appendix E.3.1.
+    Beyond LoRA, algorithm 2 and appendix E.3.1.
 
     Args:
         inner: optimizer of B; it sees B as parameters.
         rank: r, the number of free input slices of every matrix.
-        alpha: the change of W is (alpha/r) B; None: 2 r (Beyond LoRA, section 5).
+        alpha: the change of W is (alpha/r) B; None: 2 r, as in Beyond LoRA (METHODS.md).
         contiguous: draw a window of r consecutive inputs, at a multiple of r (algorithm 2), in place of any r.
         targets: the weights that may move; None: the attention projections of a known model.
         slots_dtype: "promote" keeps float32 masters of narrower weights; None keeps none.
@@ -190,12 +190,12 @@ def c3la(
     r"""Chain of circulant cheap LoRA: chain c trains the inputs cr ... (c+1)r - 1, around the end.
 
     At steps t > 0 with t mod floor(T/k) = 0 the update stays in W, B is zero again, the window moves on by r and wraps
-    modulo the number of inputs, and the inner optimizer starts afresh (the algorithm is silent there).
+    modulo the number of inputs, and the inner optimizer starts afresh (algorithm 3 is silent there).
 
     Args:
         inner: optimizer of B; it sees B as parameters.
         rank: r, the number of free input slices of every matrix.
-        alpha: the change of W is (alpha/r) B; None: 2 r (Beyond LoRA, section 5).
+        alpha: the change of W is (alpha/r) B; None: 2 r, as in Beyond LoRA (METHODS.md).
         total_steps: T, optimizer steps of the run; with `chains` it sets the length of a chain, floor(T / k).
         chains: k, the number of chains.
         chain_every: optimizer steps of a chain, in place of the two.
@@ -252,12 +252,12 @@ def r_c3la(
 ) -> SubspaceTransformation:
     r"""Chain of random cheap LoRA: as `c3la`, with r random inputs drawn afresh for every chain.
 
-    Beyond LoRA, algorithm 2.
+    Beyond LoRA, algorithm 4.
 
     Args:
         inner: optimizer of B; it sees B as parameters.
         rank: r, the number of free input slices of every matrix.
-        alpha: the change of W is (alpha/r) B; None: 2 r (Beyond LoRA, section 5).
+        alpha: the change of W is (alpha/r) B; None: 2 r, as in Beyond LoRA (METHODS.md).
         contiguous: draw a window of r consecutive inputs, at a multiple of r (algorithm 2), in place of any r.
         total_steps: T, optimizer steps of the run; with `chains` it sets the length of a chain, floor(T / k).
         chains: k, the number of chains.
