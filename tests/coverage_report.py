@@ -22,7 +22,8 @@ def public_functions(path: Path) -> list[tuple[str, set[int]]]:
                 visit(node.body, f"{prefix}{node.name}.")
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
                 code = [part for part in node.body if not _is_docstring(part)]
-                if code:  # a protocol's methods have none
+                # A protocol's methods have no code, and those of a base class may only say that they are to be made.
+                if any(not isinstance(part, ast.Raise) for part in code):
                     # Importing executes the line of a `def`: whether a body on that line ran cannot be told.
                     lines = set(range(code[0].lineno, (node.end_lineno or node.lineno) + 1)) - {node.lineno}
                     found.append((prefix + node.name, lines))
