@@ -168,10 +168,8 @@ class GlobalPlaces(Places):
         """Returns dense matrices with the slots in their places, and -0.0 elsewhere."""
         dense = []
         for rows, target in zip(self._rows(support), self.targets, strict=True):
-            view = target.view
-            matrices = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), slots.dtype)
-            units = jnp.full(jax.eval_shape(self.subspace.cut, matrices).shape, NOTHING, slots.dtype)
-            dense.append(self.subspace.join(units.at[rows, support.unit].set(slots, mode="drop"), view))
+            units = self.subspace.filled(target.view, NOTHING, slots.dtype)
+            dense.append(self.subspace.join(units.at[rows, support.unit].set(slots, mode="drop"), target.view))
         return dense
 
     def moved(self, old: GlobalSupport, new: GlobalSupport) -> Moved:

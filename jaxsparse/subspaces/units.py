@@ -62,12 +62,16 @@ class Units(abc.ABC):
         """
         return self.cut(matrices)[_rows(support), support]
 
+    def filled(self, view: MatrixView, fill: float, dtype: jnp.dtype) -> Num[Array, "stack units ..."]:
+        """Returns the units of matrices that hold one number everywhere."""
+        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), dtype)
+        return jnp.full(jax.eval_shape(self.cut, dense).shape, fill, dtype)
+
     def scatter(
         self, view: MatrixView, support: Int[Array, "stack ..."], slots: Num[Array, "stack ..."], fill: float
     ) -> Num[Array, "stack in out"]:
         """Returns dense matrices that hold the slots where the support frees them, and `fill` everywhere else."""
-        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), slots.dtype)
-        units = jnp.full(jax.eval_shape(self.cut, dense).shape, fill, slots.dtype)
+        units = self.filled(view, fill, slots.dtype)
         return self.join(units.at[_rows(support), support].set(slots, unique_indices=True), view)
 
 
