@@ -1,35 +1,68 @@
 """A method written down: the choices that both engines run."""
 
+import abc
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import DTypeLike
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.engine.places import GlobalPlaces, MatrixPlaces, Places
 from jaxsparse.select.carry import Carry, check_carry
 from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import Score, score_dtype
-from jaxsparse.subspaces.targets import Targets
+from jaxsparse.subspaces.targets import ResolvedTarget, Targets, is_masked, resolve_targets, tree_size
 from jaxsparse.subspaces.units import Units
 
-__all__ = ["Description", "Scope", "Sees", "SlotsDType", "SubspaceTransformation"]
+__all__ = ["Description", "Method", "Scope", "Sees", "SlotsDType", "SubspaceTransformation", "count_slots"]
 
 SlotsDType = DTypeLike | None | Literal["promote"]
 Scope = Literal["matrix", "global"]
 Sees = Literal["zeros", "change", "weight"]
 
 
+class Method(abc.ABC):
+    """What a run must know of any method.
+
+    Its state is a NamedTuple with a field `progress`, a `Progress`.
+
+    Attributes:
+        name: the constructor's name.
+    """
+
+    name: str
+
+    @property
+    @abc.abstractmethod
+    def trains(self) -> bool:
+        """Whether updates are steps, and not merely masked gradients."""
+
+    @abc.abstractmethod
+    def moving(self, params: Any) -> list[int]:
+        """Returns the positions, among the leaves of the parameters, of the weights that may move.
+
+        Raises:
+            InputError: the model lacks what the method needs.
+        """
+
+    @abc.abstractmethod
+    def slots(self, params: Any) -> Any:
+        """Returns a tree of the shapes of everything that is trained at a time."""
+
+
 @dataclass(frozen=True)
-class Description:
+class Description(Method):
     """A method's four choices, and what they are applied to.
 
     Attributes:
         name: the constructor's name.
         inner: the optimizer of the slots; None: the method only masks gradients.
-        subspace: where a weight may move.
+        subspace: where a weight may move, unless its `Target` says otherwise.
         score: which units of the subspace are picked.
         scope: whether units compete inside their matrix, or over all matrices.
         schedule: when they are picked again.
@@ -78,6 +111,41 @@ class Description:
         if self.calibration_steps < 0:
             raise InputError(f"calibration_steps must not be negative, got {self.calibration_steps}")
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is an inner optimizer."""
+        return self.inner is not None
+
+    def resolve(self, tree: Any) -> list[ResolvedTarget]:
+        """Returns the targets in a tree shaped like the parameters, each with its subspace."""
+        targets = resolve_targets(tree, self.targets)
+        return [replace(target, subspace=target.subspace or self.subspace) for target in targets]
+
+    def moving(self, params: Any) -> list[int]:
+        """Returns the positions of the targets."""
+        return [target.position for target in self.resolve(params)]
+
+    def places(self, targets: list[ResolvedTarget], structure: Any) -> Places:
+        """Returns where the slots of targets lie in a tree."""
+        return (GlobalPlaces if self.scope == "global" else MatrixPlaces)(targets, structure)
+
+    def start(self, params: Any) -> tuple[Places, Any, Any]:
+        """Returns the slots' places in a model, the support to start from, and the shapes of the slots' weights."""
+        targets = self.resolve(params)
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
+        places = self.places(targets, structure)
+        support = places.empty(tree_size(params))
+
+        def gather(weights: list[Any]) -> Any:
+            matrices = [target.view.matrices(weight) for target, weight in zip(targets, weights, strict=True)]
+            return places.gather(matrices, support)
+
+        return places, support, jax.eval_shape(gather, [leaves[target.position] for target in targets])
+
+    def slots(self, params: Any) -> Any:
+        """Returns the shapes of the slots."""
+        return self.start(params)[2]
+
     def slot_dtype(self, weight_dtype: jnp.dtype) -> jnp.dtype:
         """Returns the dtype of the slots of a weight.
 
@@ -112,10 +180,10 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         description: the method's choices.
     """
 
-    description: Description
+    description: Any
 
     def __new__(
-        cls, init: Callable[..., Any], update: Callable[..., Any], description: Description
+        cls, init: Callable[..., Any], update: Callable[..., Any], description: Method
     ) -> "SubspaceTransformation":
         """Makes the (init, update) pair that optax knows and remembers the description."""
         transformation = super().__new__(cls, init, update)
@@ -125,3 +193,19 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     def __getnewargs__(self) -> tuple[Any, ...]:
         """What a copy is made from."""
         return (*self, self.description)
+
+
+def count_slots(method: SubspaceTransformation, params: Any) -> int:
+    """Returns how many numbers a method trains at a time.
+
+    Args:
+        method: what a constructor returns.
+        params: the parameters, or their shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxsparse as js
+        >>> count_slots(js.cla(rank=2, targets="kernel"), {"kernel": jnp.ones((4, 3))})
+        6
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(method.description.slots(params)))

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from jaxsparse.common.errors import InputError
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
-from jaxsparse.subspaces.units import Units, follow
+from jaxsparse.subspaces.units import follow
 
 __all__ = ["GlobalPlaces", "GlobalSupport", "MatrixPlaces", "Moved", "Places", "leaves_of"]
 
@@ -40,13 +41,12 @@ class Places(abc.ABC):
     """Supports and slots of all targets, as trees.
 
     Args:
-        subspace: how matrices are cut into units.
-        targets: the weights that may move.
+        targets: the weights that may move, each with its subspace.
         structure: the parameters' tree structure.
     """
 
-    def __init__(self, subspace: Units, targets: Sequence[ResolvedTarget], structure: Any) -> None:
-        self.subspace, self.targets, self.structure = subspace, targets, structure
+    def __init__(self, targets: Sequence[ResolvedTarget], structure: Any) -> None:
+        self.targets, self.structure = targets, structure
 
     def spread(self, values: Sequence[Any]) -> Any:
         """Puts one value per target into a tree shaped like the parameters, MaskedNode everywhere else."""
@@ -56,8 +56,12 @@ class Places(abc.ABC):
         return jax.tree.unflatten(self.structure, leaves)
 
     @abc.abstractmethod
-    def empty(self, counts: Sequence[int]) -> Any:
-        """Returns supports to start from."""
+    def empty(self, model_size: int) -> Any:
+        """Returns supports to start from, for a model of so many parameters."""
+
+    @abc.abstractmethod
+    def counts(self, support: Any) -> list[int]:
+        """Returns how many units may be picked of each target's matrices."""
 
     @abc.abstractmethod
     def pick(self, unit_scores: list[Array], old: Any) -> Any:
@@ -79,25 +83,34 @@ class Places(abc.ABC):
 class MatrixPlaces(Places):
     """A support for every matrix; trees mirror the parameters."""
 
-    def empty(self, counts: Sequence[int]) -> Any:
+    def empty(self, model_size: int) -> Any:
         """Returns the first units of every matrix."""
-        views = (target.view for target in self.targets)
-        return self.spread([self.subspace.empty_support(view, n) for view, n in zip(views, counts, strict=True)])
+        supports: list[Any] = [None] * len(self.targets)
+        for subspace in dict.fromkeys(target.subspace for target in self.targets):
+            # A subspace shares its budget over its own targets.
+            own = [at for at, target in enumerate(self.targets) if target.subspace == subspace]
+            for at, count in zip(own, subspace.counts([self.targets[at] for at in own], model_size), strict=True):
+                supports[at] = subspace.empty_support(self.targets[at].view, count)
+        return self.spread(supports)
+
+    def counts(self, support: Any) -> list[int]:
+        """Returns how many units of each matrix are picked."""
+        return [leaf.shape[1] for leaf in leaves_of(self.targets, support)]
 
     def pick(self, unit_scores: list[Array], old: Any) -> Any:
         """Returns the best units of every matrix."""
-        olds = leaves_of(self.targets, old)
-        return self.spread([self.subspace.pick(s, like) for s, like in zip(unit_scores, olds, strict=True)])
+        picks = zip(self.targets, unit_scores, leaves_of(self.targets, old), strict=True)
+        return self.spread([target.subspace.pick(scores, like) for target, scores, like in picks])
 
     def gather(self, matrices: list[Array], support: Any) -> Any:
         """Returns the slots, a tree."""
-        supports = leaves_of(self.targets, support)
-        return self.spread([self.subspace.gather(m, s) for m, s in zip(matrices, supports, strict=True)])
+        cuts = zip(self.targets, matrices, leaves_of(self.targets, support), strict=True)
+        return self.spread([target.subspace.gather(dense, units) for target, dense, units in cuts])
 
     def scatter(self, support: Any, slots: Any) -> list[Array]:
         """Returns dense matrices with the slots in their places, and -0.0 elsewhere."""
         placed = zip(self.targets, leaves_of(self.targets, support), leaves_of(self.targets, slots), strict=True)
-        return [self.subspace.scatter(target.view, s, v, NOTHING) for target, s, v in placed]
+        return [target.subspace.scatter(target.view, s, v, NOTHING) for target, s, v in placed]
 
     def moved(self, old: Any, new: Any) -> Any:
         """Returns how slots follow their units, target by target."""
@@ -121,19 +134,25 @@ class GlobalSupport(NamedTuple):
 class GlobalPlaces(Places):
     """One support over all matrices: units compete across targets.
 
-    Slots are one array (units, *entries of a unit), whatever the targets' number. All targets have one dtype, and
-    units of one shape.
+    Slots are one array (units, *entries of a unit), whatever the targets' number. All targets have one subspace, one
+    dtype, and units of one shape.
     """
 
-    def __init__(self, subspace: Units, targets: Sequence[ResolvedTarget], structure: Any) -> None:
-        super().__init__(subspace, targets, structure)
+    def __init__(self, targets: Sequence[ResolvedTarget], structure: Any) -> None:
+        super().__init__(targets, structure)
         stacks = [target.view.stack for target in targets]
         self.first_matrix = [sum(stacks[:at]) for at in range(len(stacks))]
 
-    def empty(self, counts: Sequence[int]) -> GlobalSupport:
+    def empty(self, model_size: int) -> GlobalSupport:
         """Returns a support that frees nothing yet."""
-        total = sum(count * target.view.stack for count, target in zip(counts, self.targets, strict=True))
+        if len({target.subspace for target in self.targets}) > 1:
+            raise InputError("scope='global' needs one subspace for all targets; give none to js.Target")
+        total = self.targets[0].subspace.total(self.targets, model_size)
         return GlobalSupport(jnp.full(total, -1, jnp.int32), jnp.zeros(total, jnp.int32))
+
+    def counts(self, support: GlobalSupport) -> list[int]:
+        """Returns the number of all units: they may all lie in one matrix."""
+        return [support.matrix.shape[0]] * len(self.targets)
 
     def pick(self, unit_scores: list[Array], old: GlobalSupport) -> GlobalSupport:
         """Returns the best units of all matrices; ties to the first matrix, then to the lowest unit."""
@@ -161,15 +180,15 @@ class GlobalPlaces(Places):
         """Returns the slots, one array."""
         slots: Any = 0
         for rows, dense in zip(self._rows(support), matrices, strict=True):
-            slots = slots + self.subspace.cut(dense).at[rows, support.unit].get(mode="fill", fill_value=0)
+            slots = slots + self.targets[0].subspace.cut(dense).at[rows, support.unit].get(mode="fill", fill_value=0)
         return slots
 
     def scatter(self, support: GlobalSupport, slots: Array) -> list[Array]:
         """Returns dense matrices with the slots in their places, and -0.0 elsewhere."""
         dense = []
         for rows, target in zip(self._rows(support), self.targets, strict=True):
-            units = self.subspace.filled(target.view, NOTHING, slots.dtype)
-            dense.append(self.subspace.join(units.at[rows, support.unit].set(slots, mode="drop"), target.view))
+            units = target.subspace.filled(target.view, NOTHING, slots.dtype)
+            dense.append(target.subspace.join(units.at[rows, support.unit].set(slots, mode="drop"), target.view))
         return dense
 
     def moved(self, old: GlobalSupport, new: GlobalSupport) -> Moved:

@@ -3,7 +3,6 @@
 It is the definition of every method: pure, exact, and at home in any optax pipeline.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,14 +13,14 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxsparse.engine.description import Description, SubspaceTransformation
-from jaxsparse.engine.places import NOTHING, GlobalPlaces, MatrixPlaces, Places, leaves_of
+from jaxsparse.engine.places import NOTHING, Places, leaves_of
 from jaxsparse.engine.selection import select
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
-from jaxsparse.subspaces.targets import ResolvedTarget, is_masked, resolve_targets, tree_size
+from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
-__all__ = ["SubspaceState", "count_slots", "reference_engine"]
+__all__ = ["SubspaceState", "reference_engine"]
 
 
 class SubspaceState(NamedTuple):
@@ -62,49 +61,12 @@ def reference_engine(description: Description) -> SubspaceTransformation:
     return SubspaceTransformation(partial(_init, description), partial(_update, description), description)
 
 
-def _places(description: Description, targets: Sequence[ResolvedTarget], structure: Any) -> Places:
-    if description.scope == "global":
-        return GlobalPlaces(description.subspace, targets, structure)
-    return MatrixPlaces(description.subspace, targets, structure)
-
-
-def count_slots(method: SubspaceTransformation, params: Any) -> int:
-    """Returns how many entries of the model a method frees at a time.
-
-    Args:
-        method: what a constructor returns.
-        params: the parameters, or their shapes.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import jaxsparse as js
-        >>> count_slots(js.cla(rank=2, targets="kernel"), {"kernel": jnp.ones((4, 3))})
-        6
-    """
-    _, _, slots = _start(method.description, params)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(slots))
-
-
-def _start(description: Description, params: Any) -> tuple[Places, Any, Any]:
-    """The places of the slots in a model, the support to start from, and the shapes of the slots' weights."""
-    targets = resolve_targets(params, description.targets)
-    leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
-    places = _places(description, targets, structure)
-    support = places.empty(description.subspace.counts(targets, tree_size(params)))
-
-    def gather(weights: list[Array]) -> Any:
-        matrices = [target.view.matrices(weight) for target, weight in zip(targets, weights, strict=True)]
-        return places.gather(matrices, support)
-
-    return places, support, jax.eval_shape(gather, [leaves[target.position] for target in targets])
-
-
 def _init(description: Description, params: Any) -> SubspaceState:
     if not jax.tree.leaves(params):  # the placeholder of optax.tree.map_params stands for any tree
         inner = () if description.inner is None else description.inner.init(params)
         evidence = (jnp.zeros([], jnp.int32), params) if description.calibration_steps else ()
         return SubspaceState(Progress.start(), params, params, params, inner, evidence)
-    places, support, slot_weights = _start(description, params)
+    places, support, slot_weights = description.start(params)
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
     has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)
@@ -130,10 +92,10 @@ def _no_evidence(description: Description, places: Places, params: Any) -> Any:
 def _update(
     description: Description, updates: Any, state: SubspaceState, params: Any = None, **extra_args: Any
 ) -> tuple[Any, SubspaceState]:
-    targets = resolve_targets(updates, description.targets)
+    targets = description.resolve(updates)
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
     mirror = state.evidence[1] if description.calibration_steps else state.support
-    places = _places(description, targets, jax.tree.structure(mirror, is_leaf=is_masked))
+    places = description.places(targets, jax.tree.structure(mirror, is_leaf=is_masked))
     gradients = [target.view.matrices(leaves[target.position]) for target in targets]
     weights = _weights(description, targets, params)
 

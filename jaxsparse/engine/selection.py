@@ -46,25 +46,18 @@ def select(
     scores = []
     known_weights: Sequence[Array | None] = weights or [None] * len(gradients)
     key = jax.random.fold_in(jax.random.key(description.seed), turn)
-    counts = _counts(places, old_support)
+    counts = places.counts(old_support)
     for number, (target, gradient, weight) in enumerate(zip(places.targets, gradients, known_weights, strict=True)):
         if description.score.entries is None:
             assert description.score.draw is not None
-            units = jax.eval_shape(description.subspace.unit_scores, gradient).shape
+            units = jax.eval_shape(target.subspace.unit_scores, gradient).shape
             draw = Draw(units[1], units[0], counts[number], turn, jax.random.fold_in(key, number))
             unit_scores = description.score.draw(draw)
         else:
             entries = _entries(description, target, gradient, weight)
-            unit_scores = description.subspace.unit_scores(description.score.entries(entries))
+            unit_scores = target.subspace.unit_scores(description.score.entries(entries))
         scores.append(unit_scores if description.score.largest else -unit_scores)
     return places.pick(scores, old_support)
-
-
-def _counts(places: Places, support: Any) -> list[int]:
-    """Units picked of each matrix."""
-    if isinstance(places, GlobalPlaces):
-        return [support.matrix.shape[0]] * len(places.targets)
-    return [leaf.shape[1] for leaf in jax.tree.leaves(support)]
 
 
 def _entries(description: Description, target: ResolvedTarget, gradient: Array, weight: Array | None) -> Entries:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.select.scores import score_dtype
-from jaxsparse.subspaces.targets import resolve_targets
 
 __all__ = ["ReferenceTuner", "StepMetrics", "TunerState"]
 
@@ -75,7 +74,7 @@ class ReferenceTuner:
     """
 
     def __init__(self, loss_fn: LossFn, method: SubspaceTransformation, *, accumulate: int = 1) -> None:
-        if not isinstance(method, SubspaceTransformation) or method.description.inner is None:
+        if not isinstance(method, SubspaceTransformation) or not method.description.trains:
             raise TypeError(
                 "a tuner wants the result of a constructor with an inner optimizer, "
                 "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: "
@@ -99,7 +98,7 @@ class ReferenceTuner:
 
     def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
         leaves, structure = jax.tree.flatten(state.params)
-        moving = [target.position for target in resolve_targets(state.params, self.method.description.targets)]
+        moving = self.method.description.moving(state.params)
 
         def loss_of(targets: list[Array], batch: Any) -> tuple[Array, dict[str, Array]]:
             return self.loss_fn(jax.tree.unflatten(structure, _replace(leaves, moving, targets)), batch)

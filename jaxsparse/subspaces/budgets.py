@@ -86,6 +86,26 @@ class Budget:
             for target in targets
         ]
 
+    def total(self, targets: Sequence[ResolvedTarget], model_size: int) -> int:
+        """Returns the number of slots of all targets together, rounded once: met to within one slot.
+
+        Args:
+            targets: the resolved targets.
+            model_size: N, the number of all parameters of the model.
+
+        Raises:
+            InputError: the budget is smaller than one slot.
+        """
+        own = sum((t.density or 0) * t.view.size * t.view.stack for t in targets)
+        rest = sum(t.view.size * t.view.stack for t in targets if t.density is None)
+        shared = self.density * rest if self.density is not None else min((self.budget or 0) * model_size, rest)
+        total = round(own + shared)
+        if total < 1:
+            raise InputError(
+                f"density={self.density}, budget={self.budget}: the {len(targets)} targets get no slot; raise it"
+            )
+        return total
+
     def _count(self, target: ResolvedTarget, targets: Sequence[ResolvedTarget], model_size: int) -> int:
         size = target.view.size
         if self.density is not None:

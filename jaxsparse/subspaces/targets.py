@@ -46,6 +46,7 @@ class Target:
         out_axes: the axes of the outputs; None: all that are neither layers nor inputs.
         stack_axes: the axes that count layers of a scanned model; each layer is a matrix of its own.
         density: free coordinates / matrix size for these weights; None: what the method says.
+        subspace: where these weights may move, one of `js.subspaces`; None: what the method says.
 
     Example:
         >>> Target(r".*/query/kernel", in_axes=(0,), out_axes=(1, 2)).pattern
@@ -57,6 +58,7 @@ class Target:
     out_axes: tuple[int, ...] | None = None
     stack_axes: tuple[int, ...] = ()
     density: float | None = None
+    subspace: Any = None
 
 
 Targets = str | Target | Sequence[str | Target] | None
@@ -113,12 +115,14 @@ class ResolvedTarget:
         path: the path as a string.
         view: how the weight is read as matrices.
         density: the density that its `Target` asks for, or None.
+        subspace: the subspace that its `Target` asks for, or None.
     """
 
     position: int
     path: str
     view: MatrixView
-    density: float | None
+    density: float | None = None
+    subspace: Any = None
 
 
 def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixView:
@@ -159,11 +163,6 @@ def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixVie
     in_size, out_size = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
     if math.prod(shape) == 0:
         raise InputError(f"target {path} is empty: shape {shape}")
-    if in_size * out_size >= 2**31:
-        raise InputError(
-            f"target {path}: a matrix of {in_size} x {out_size} entries does not fit int32 indices; "
-            "split it by stack_axes"
-        )
     return MatrixView(shape, order, math.prod(shape[axis] for axis in stack), in_size, out_size)
 
 
@@ -237,7 +236,7 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"target {path} has dtype {leaf.dtype}: slots can only move floating-point weights")
         view = _matrix_view(path, tuple(leaf.shape), target)
-        resolved.append(ResolvedTarget(position, path, view, target.density))
+        resolved.append(ResolvedTarget(position, path, view, target.density, target.subspace))
     paths = [path for path, leaf in pairs if not is_masked(leaf)]
     if known and not resolved:
         raise InputError(

@@ -28,6 +28,11 @@ class Units(abc.ABC):
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns the number of free units of each matrix (for `Neurons`: of each neuron) of each target."""
 
+    def total(self, targets: Sequence[ResolvedTarget], model_size: int) -> int:
+        """Returns the number of free units of all matrices together, for scope "global"."""
+        counts = self.counts(targets, model_size)
+        return sum(count * target.view.stack for count, target in zip(counts, targets, strict=True))
+
     @abc.abstractmethod
     def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack units ..."]:
         """Returns matrices cut into units."""
@@ -109,19 +114,8 @@ def follow(
     return jnp.where(stayed.reshape(*old.shape, *[1] * len(entries)), moved, newcomer).astype(values.dtype)
 
 
-@dataclass(frozen=True)
-class Coordinates(Units):
-    """k free coordinates of every matrix, anywhere in it; a unit is an entry, numbered in (in, out) order.
-
-    Attributes:
-        budget: how many.
-    """
-
-    budget: Budget
-
-    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
-        """Returns k for each target."""
-        return self.budget.counts(targets, model_size)
+class _Entries(Units):
+    """Units that are single entries, numbered in (in, out) order."""
 
     def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack size"]:
         """Returns the entries in flat order."""
@@ -136,8 +130,39 @@ class Coordinates(Units):
         return self.cut(scores)
 
 
+def _check_indices(targets: Sequence[ResolvedTarget]) -> None:
+    """Raises an InputError for a matrix whose entries int32 cannot number."""
+    for target in targets:
+        if target.view.size >= 2**31:
+            raise InputError(
+                f"target {target.path}: a matrix of {target.view.in_size} x {target.view.out_size} entries does not "
+                "fit int32 indices; split it by stack_axes"
+            )
+
+
 @dataclass(frozen=True)
-class Neurons(Units):
+class Coordinates(_Entries):
+    """k free coordinates of every matrix, anywhere in it; a unit is an entry, numbered in (in, out) order.
+
+    Attributes:
+        budget: how many.
+    """
+
+    budget: Budget
+
+    def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
+        """Returns k for each target."""
+        _check_indices(targets)
+        return self.budget.counts(targets, model_size)
+
+    def total(self, targets: Sequence[ResolvedTarget], model_size: int) -> int:
+        """Returns the budget, rounded once over all targets."""
+        _check_indices(targets)
+        return self.budget.total(targets, model_size)
+
+
+@dataclass(frozen=True)
+class Neurons(_Entries):
     """k free inputs of every neuron, a neuron being one output; the support is (stack, k, out) of flat indices.
 
     Attributes:
@@ -155,24 +180,13 @@ class Neurons(Units):
         for target in targets:
             if self.inputs > target.view.in_size:
                 raise InputError(f"k={self.inputs} is more than the {target.view.in_size} inputs of {target.path}")
+        _check_indices(targets)
         return [self.inputs] * len(targets)
 
     def empty_support(self, view: MatrixView, count: int) -> Int[Array, "stack k out"]:
         """Returns the first k inputs of every neuron."""
         first = jnp.arange(count * view.out_size, dtype=jnp.int32).reshape(count, view.out_size)
         return jnp.tile(first, (view.stack, 1, 1))
-
-    def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack size"]:
-        """Returns the entries in flat order."""
-        return matrices.reshape(matrices.shape[0], -1)
-
-    def join(self, units: Num[Array, "stack size"], view: MatrixView) -> Num[Array, "stack in out"]:
-        """Returns the matrices."""
-        return units.reshape(view.stack, view.in_size, view.out_size)
-
-    def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack size"]:
-        """Returns the scores in flat order."""
-        return self.cut(scores)
 
     def pick(
         self, unit_scores: Float[Array, "stack size"], like: Int[Array, "stack k out"]
@@ -313,3 +327,13 @@ class Everything(Units):
     def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack 1"]:
         """Returns one number for each matrix; there is nothing to choose."""
         return jnp.zeros((scores.shape[0], 1))
+
+    def gather(self, matrices: Num[Array, "stack in out"], support: Int[Array, "stack 1"]) -> Num[Array, "stack ..."]:
+        """Returns the matrices; the support says nothing."""
+        return self.cut(matrices)
+
+    def scatter(
+        self, view: MatrixView, support: Int[Array, "stack 1"], slots: Num[Array, "stack ..."], fill: float
+    ) -> Num[Array, "stack in out"]:
+        """Returns the slots as matrices."""
+        return self.join(slots, view)

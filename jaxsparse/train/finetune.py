@@ -15,7 +15,7 @@ from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.data.rows import load_rows
-from jaxsparse.engine.reference import count_slots
+from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.tuner import ReferenceTuner, TunerState
 from jaxsparse.evaluate.held_out import Measurement, measure
 from jaxsparse.models.checkpoints import Checkpoint, load

@@ -12,7 +12,6 @@ from jaxsparse import deltas
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.tuner import ReferenceTuner, StepMetrics, TunerState
-from jaxsparse.subspaces.targets import resolve_targets
 from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.metrics import MetricsWriter
@@ -51,8 +50,8 @@ def train(
     folder = run.out / "checkpoints"
     remove_unfinished(folder)
     # A host copy of what may move: checkpoints hold the weights as a delta against it.
-    moving = {target.path for target in resolve_targets(params, tuner.method.description.targets)}
-    base = {path: np.array(leaf) for path, leaf in flatten_with_paths(params)[0] if path in moving}
+    moving = tuner.method.description.moving(params)
+    base = {path: np.array(leaf) for path, leaf in _at(params, moving)}
     state, totals, start = tuner.init(params, donate=True), Totals(), 0
     found = restore_newest(folder, state.method, base_fingerprint=base_fingerprint) if run.resume else None
     if found is not None:
@@ -76,14 +75,19 @@ def train(
             reporter.step(step, batch, partial(take, batch))
             if step < steps and _due(run, step, last_save):
                 reporter.flush()
-                current = {path: leaf for path, leaf in flatten_with_paths(state.params)[0] if path in moving}
-                delta = deltas.diff(base, current, base_fingerprint=base_fingerprint, step=step)
+                delta = deltas.diff(base, dict(_at(state.params, moving)), base_fingerprint=base_fingerprint, step=step)
                 checkpoint = RunCheckpoint(step, delta, state.method, data.get_state(), vars(totals).copy())
                 save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
                 last_save = time.monotonic()
                 reporter.restart()
         reporter.flush()
     return state, totals
+
+
+def _at(params: Any, positions: list[int]) -> list[tuple[str, Any]]:
+    """(path, leaf) of the leaves at some positions."""
+    pairs = flatten_with_paths(params)[0]
+    return [pairs[at] for at in positions]
 
 
 def _due(run: RunConfig, step: int, last_save: float) -> bool:
