@@ -134,8 +134,9 @@ class GlobalSupport(NamedTuple):
 class GlobalPlaces(Places):
     """One support over all matrices: units compete across targets.
 
-    Slots are one array (units, *entries of a unit), whatever the targets' number. All targets have one subspace, one
-    dtype, and units of one shape.
+    Slots are one array (units, *entries of a unit), whatever the targets' number. All targets have one subspace and
+    one dtype. Units that are smaller than those of other targets are filled up with entries that are none: they hold
+    0, and nothing is read from them.
     """
 
     def __init__(self, targets: Sequence[ResolvedTarget], structure: Any) -> None:
@@ -156,17 +157,29 @@ class GlobalPlaces(Places):
 
     def pick(self, unit_scores: list[Array], old: GlobalSupport) -> GlobalSupport:
         """Returns the best units of all matrices; ties to the first matrix, then to the lowest unit."""
+        pool = self.no_pool(old, unit_scores[0].dtype)
+        for at, scores in enumerate(unit_scores):
+            pool = self.pooled(pool, at, scores)
+        return pool[1]
+
+    def no_pool(self, old: GlobalSupport, dtype: jnp.dtype) -> tuple[Array, GlobalSupport]:
+        """Returns an empty pool, (scores, units), as large as a support."""
         total = old.matrix.shape[0]
-        best = jnp.full(total, -jnp.inf, unit_scores[0].dtype)
-        matrix, unit = GlobalSupport(jnp.full(total, -1, jnp.int32), jnp.zeros(total, jnp.int32))
-        for first, scores in zip(self.first_matrix, unit_scores, strict=True):
-            values, units = jax.lax.top_k(scores, min(total, scores.shape[1]))
-            numbers = jnp.broadcast_to(first + jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None], units.shape)
-            # A pool of the best so far: memory stays at the size of the support, and no index spans matrices.
-            best, chosen = jax.lax.top_k(jnp.concatenate([best, values.reshape(-1)]), total)
-            matrix = jnp.concatenate([matrix, numbers.reshape(-1)])[chosen]
-            unit = jnp.concatenate([unit, units.reshape(-1)])[chosen]
-        return GlobalSupport(matrix, unit)
+        nowhere = GlobalSupport(jnp.full(total, -1, jnp.int32), jnp.zeros(total, jnp.int32))
+        return jnp.full(total, -jnp.inf, dtype), nowhere
+
+    def pooled(self, pool: tuple[Array, GlobalSupport], at: int, scores: Array) -> tuple[Array, GlobalSupport]:
+        """Returns the best of a pool and of the units (stack, units) of target `at`."""
+        # A pool of the best so far: memory stays at the size of the support, and no index spans matrices.
+        best, (matrix, unit) = pool
+        total = best.shape[0]
+        values, units = jax.lax.top_k(scores, min(total, scores.shape[1]))
+        first = self.first_matrix[at]
+        numbers = jnp.broadcast_to(first + jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None], units.shape)
+        best, chosen = jax.lax.top_k(jnp.concatenate([best, values.reshape(-1)]), total)
+        matrix = jnp.concatenate([matrix, numbers.reshape(-1)])[chosen]
+        unit = jnp.concatenate([unit, units.reshape(-1)])[chosen]
+        return best, GlobalSupport(matrix, unit)
 
     def _rows(self, support: GlobalSupport) -> list[Array]:
         """For each target the matrix of each unit within it, or one past the end where it lies in another target."""
@@ -176,19 +189,33 @@ class GlobalPlaces(Places):
             rows.append(jnp.where((row >= 0) & (row < target.view.stack), row, target.view.stack))
         return rows
 
+    def _unit_shapes(self) -> list[tuple[int, ...]]:
+        """For each target the shape of a unit."""
+        shapes = []
+        for target in self.targets:
+            view = target.view
+            dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
+            shapes.append(jax.eval_shape(target.subspace.cut, dense).shape[2:])
+        return shapes
+
     def gather(self, matrices: list[Array], support: GlobalSupport) -> Array:
         """Returns the slots, one array."""
+        shapes = self._unit_shapes()
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
         slots: Any = 0
-        for rows, dense in zip(self._rows(support), matrices, strict=True):
-            slots = slots + self.targets[0].subspace.cut(dense).at[rows, support.unit].get(mode="fill", fill_value=0)
+        for rows, dense, shape in zip(self._rows(support), matrices, shapes, strict=True):
+            units = self.targets[0].subspace.cut(dense).at[rows, support.unit].get(mode="fill", fill_value=0)
+            missing = [(0, most - size) for most, size in zip(largest, shape, strict=True)]
+            slots = slots + jnp.pad(units, [(0, 0), *missing])
         return slots
 
     def scatter(self, support: GlobalSupport, slots: Array) -> list[Array]:
         """Returns dense matrices with the slots in their places, and -0.0 elsewhere."""
         dense = []
-        for rows, target in zip(self._rows(support), self.targets, strict=True):
+        for rows, target, shape in zip(self._rows(support), self.targets, self._unit_shapes(), strict=True):
             units = target.subspace.filled(target.view, NOTHING, slots.dtype)
-            dense.append(target.subspace.join(units.at[rows, support.unit].set(slots, mode="drop"), target.view))
+            own = slots[(slice(None), *(slice(size) for size in shape))]
+            dense.append(target.subspace.join(units.at[rows, support.unit].set(own, mode="drop"), target.view))
         return dense
 
     def moved(self, old: GlobalSupport, new: GlobalSupport) -> Moved:

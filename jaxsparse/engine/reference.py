@@ -20,7 +20,7 @@ from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
-__all__ = ["SubspaceState", "reference_engine"]
+__all__ = ["SubspaceState", "advance", "reference_engine", "retention"]
 
 
 class SubspaceState(NamedTuple):
@@ -106,7 +106,8 @@ def _update(
         due, pick, lambda old, *_: old, state.support, mean_gradients, weights, state.progress.refreshes
     )
     slot_gradients = places.gather(gradients, support)
-    progress = _advance(state.progress, due, *_retention(description, gradients, slot_gradients))
+    kept = retention(gradients, slot_gradients, per_matrix=description.scope == "matrix")
+    progress = advance(state.progress, due, *kept)
 
     if description.inner is None:
         moves, slots, master, inner = slot_gradients, state.slots, state.master, state.inner
@@ -156,10 +157,20 @@ def _calibrate(
     return calibrating, (count + counted, places.spread(added)), means
 
 
-def _retention(
-    description: Description, gradients: list[Array], slot_gradients: Any
+def retention(
+    gradients: list[Array], slot_gradients: Any, *, per_matrix: bool = True
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """||masked g||^2 / ||g||^2 over all targets, and its mean over matrices; 1 where nothing is to be retained."""
+    """Returns how much of the gradients the slots retain.
+
+    Args:
+        gradients: dense, one stack of matrices per target.
+        slot_gradients: the slots' share of them.
+        per_matrix: whether the slots' leaves are one per target and start with its stack.
+
+    Returns:
+        ||masked g||^2 / ||g||^2 over all targets, and its mean over matrices (without matrices, the former again);
+        1 where nothing is to be retained.
+    """
     slots = jax.tree.leaves(slot_gradients)
     if not gradients or not slots:
         return jnp.ones([]), jnp.ones([])
@@ -167,10 +178,8 @@ def _retention(
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in gradients]))
     kept = [_energy(g, largest) for g in slots]
     whole = jnp.concatenate([_energy(g, largest) for g in gradients])
-    retention = _ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
-    if description.scope == "global":  # slots that compete over all matrices have no mean over matrices
-        return retention, retention
-    return retention, jnp.mean(_ratio(jnp.concatenate(kept), whole))
+    share = _ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
+    return share, jnp.mean(_ratio(jnp.concatenate(kept), whole)) if per_matrix else share
 
 
 def _energy(entries: Array, unit: Float[Array, ""]) -> Float[Array, " stack"]:
@@ -184,17 +193,17 @@ def _ratio(part: Any, whole: Array) -> Array:
     return jnp.where(whole == 0, 1, part / jnp.where(whole == 0, 1, whole))
 
 
-def _advance(
-    progress: Progress, due: Bool[Array, ""], retention: Float[Array, ""], retention_mean: Float[Array, ""]
+def advance(
+    progress: Progress, picked: Bool[Array, ""], retention: Float[Array, ""], retention_mean: Float[Array, ""]
 ) -> Progress:
-    """Progress after a step that was taken."""
+    """Returns the progress after a step that was taken, and that picked a support or did not."""
     return Progress(
         steps=optax.safe_increment(progress.steps),
-        refreshes=progress.refreshes + due,
-        last_refresh=jnp.where(due, progress.steps, progress.last_refresh),
+        refreshes=progress.refreshes + picked,
+        last_refresh=jnp.where(picked, progress.steps, progress.last_refresh),
         retention=retention,
         retention_mean=retention_mean,
-        retention_at_refresh=jnp.where(due, retention, progress.retention_at_refresh),
+        retention_at_refresh=jnp.where(picked, retention, progress.retention_at_refresh),
         skipped=progress.skipped,
     )
 

@@ -260,33 +260,71 @@ class Slices(Units):
 
 @dataclass(frozen=True)
 class Blocks(Units):
-    """Free blocks of every matrix, numbered row by row; a block never exceeds the matrix.
+    """Free blocks, numbered row by row inside a matrix; a block never exceeds the matrix.
 
     Attributes:
-        count: free blocks.
+        count: free blocks: of every matrix, or of all matrices together under scope "global".
         size: rows and columns of a block; blocks at the edges are filled up with entries that are none.
+        budget: how many entries are free, in place of `count`: as many blocks as have, on average, so many entries.
     """
 
-    count: int
+    count: int | None = None
     size: int = 256
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        if (self.count is None) == (self.budget is None):
+            raise InputError(f"blocks: give exactly one of count and budget, got {self.count} and {self.budget}")
         for name in ("count", "size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"blocks: {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"blocks: {name} must be at least 1, got {value}")
 
     def _grid(self, in_size: int, out_size: int) -> tuple[int, int, int, int]:
         """Rows and columns of a block, and of the grid of blocks."""
         rows, columns = min(self.size, in_size), min(self.size, out_size)
         return rows, columns, math.ceil(in_size / rows), math.ceil(out_size / columns)
 
+    def _blocks(self, view: MatrixView) -> int:
+        """Number of blocks of a matrix."""
+        _, _, down, across = self._grid(view.in_size, view.out_size)
+        return down * across
+
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns the number of free blocks of each matrix."""
-        for target in targets:
-            _, _, down, across = self._grid(target.view.in_size, target.view.out_size)
-            if self.count > down * across:
-                raise InputError(f"{self.count} blocks are more than the {down * across} of {target.path}")
+        blocks = [self._blocks(target.view) for target in targets]
+        if self.budget is not None:
+            entries = self.budget.counts(targets, model_size)
+            return [
+                max(1, round(k * n / target.view.size)) for k, n, target in zip(entries, blocks, targets, strict=True)
+            ]
+        assert self.count is not None
+        for target, n in zip(targets, blocks, strict=True):
+            if self.count > n:
+                raise InputError(f"{self.count} blocks are more than the {n} of {target.path}")
         return [self.count] * len(targets)
+
+    def total(self, targets: Sequence[ResolvedTarget], model_size: int) -> int:
+        """Returns the number of free blocks of all matrices together.
+
+        Raises:
+            InputError: more blocks than there are, or a budget of less than half a block.
+        """
+        blocks = sum(self._blocks(target.view) * target.view.stack for target in targets)
+        count = self.count
+        if self.budget is not None:
+            entries = self.budget.total(targets, model_size)
+            size = sum(target.view.size * target.view.stack for target in targets)
+            count = round(entries * blocks / size)
+            if count < 1:
+                raise InputError(
+                    f"a budget of {entries} entries is less than half a block of {round(size / blocks)}; "
+                    f"raise it, or lower the size of a block, {self.size}"
+                )
+        assert count is not None
+        if count > blocks:
+            raise InputError(f"{count} blocks are more than the {blocks} of all {len(targets)} targets")
+        return count
 
     def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack blocks rows columns"]:
         """Returns the blocks."""
