@@ -67,7 +67,8 @@ class Description(Method):
         scope: whether units compete inside their matrix, or over all matrices.
         schedule: when they are picked again.
         carry: what then happens to the inner optimizer's moments.
-        targets: which weights may move; None: the attention projections of a known model.
+        targets: which weights may move; None: the attention projections of a known model, or every floating-point
+            weight where the subspace takes weights whole.
         slots_dtype: "promote": slots and masters are kept in promote_types(weight dtype, float32); None: in the
             weight's own dtype without masters, as the papers' code does; or a dtype.
         seed: source of all randomness of the method.
@@ -118,7 +119,7 @@ class Description(Method):
 
     def resolve(self, tree: Any) -> list[ResolvedTarget]:
         """Returns the targets in a tree shaped like the parameters, each with its subspace."""
-        targets = resolve_targets(tree, self.targets)
+        targets = resolve_targets(tree, self.targets, whole=self.subspace.whole)
         return [replace(target, subspace=target.subspace or self.subspace) for target in targets]
 
     def moving(self, params: Any) -> list[int]:

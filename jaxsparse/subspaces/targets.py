@@ -83,6 +83,8 @@ class MatrixView:
         stack: number of matrices; 1 for a weight without layer axes.
         in_size: rows of each matrix, the inputs.
         out_size: columns of each matrix, the outputs.
+        layer_axes: how many axes count layers.
+        input_axes: how many axes count inputs.
     """
 
     shape: tuple[int, ...]
@@ -90,6 +92,8 @@ class MatrixView:
     stack: int
     in_size: int
     out_size: int
+    layer_axes: int = 0
+    input_axes: int = 1
 
     @property
     def size(self) -> int:
@@ -136,7 +140,7 @@ def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixVie
 
     stack = normalised("stack_axes", target.stack_axes)
     rest = [axis for axis in range(axes) if axis not in stack]
-    if (target.in_axes is None or target.out_axes is None) and len(rest) < 2:
+    if target.in_axes is None and target.out_axes is None and len(rest) < 2:
         raise InputError(
             f"target {path} is not a matrix: shape {shape}, layer axes {stack}; a target needs inputs and outputs"
         )
@@ -161,9 +165,15 @@ def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixVie
             f"got layers {stack}, inputs {inputs}, outputs {outputs}"
         )
     in_size, out_size = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
-    if math.prod(shape) == 0:
-        raise InputError(f"target {path} is empty: shape {shape}")
-    return MatrixView(shape, order, math.prod(shape[axis] for axis in stack), in_size, out_size)
+    layers = math.prod(shape[axis] for axis in stack)
+    return MatrixView(shape, order, layers, in_size, out_size, len(stack), len(inputs))
+
+
+def _whole_view(shape: tuple[int, ...]) -> MatrixView:
+    """Reads a weight of any shape as it lies: its last two axes are a matrix, those before them a stack."""
+    in_size, out_size = (1, 1, *shape)[-2:]
+    stack, axes = math.prod(shape[:-2]), len(shape)
+    return MatrixView(shape, tuple(range(axes)), stack, in_size, out_size, max(axes - 2, 0), min(max(axes - 1, 0), 1))
 
 
 def _as_targets(targets: str | Target | Sequence[str | Target]) -> list[Target]:
@@ -199,13 +209,14 @@ def _unmatched(pattern: str, paths: Sequence[str]) -> InputError:
     )
 
 
-def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
+def resolve_targets(params: Any, targets: Targets, *, whole: bool = False) -> list[ResolvedTarget]:
     """Finds the weights that may move.
 
     Args:
         params: any pytree of arrays (or of anything with a shape and dtype); linen, NNX or plain.
         targets: a regular expression, `Target`s, or a list of either, the first match of a path wins; None:
-            the attention projections of a known model (`KNOWN_TARGETS`).
+            the attention projections of a known model (`KNOWN_TARGETS`), or if `whole` every floating-point weight.
+        whole: weights move as a whole, so that those of any shape will do, and no axes need be named.
 
     Returns:
         The targets in the tree's flattening order; nothing for a tree without leaves, such as the placeholder
@@ -222,8 +233,10 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
         [('q_proj/kernel', 4, 6)]
     """
     pairs, _ = flatten_with_paths(params, is_leaf=is_masked)
-    if not pairs:
+    if all(is_masked(leaf) for _, leaf in pairs):
         return []
+    if whole and targets is None:
+        return _all_whole(pairs)
     known = targets is None
     patterns = list(KNOWN_TARGETS) if targets is None else _as_targets(targets)
     unmatched = {target.pattern for target in patterns}
@@ -235,7 +248,11 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
         unmatched.discard(target.pattern)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"target {path} has dtype {leaf.dtype}: slots can only move floating-point weights")
-        view = _matrix_view(path, tuple(leaf.shape), target)
+        shape = tuple(leaf.shape)
+        if math.prod(shape) == 0:
+            raise InputError(f"target {path} is empty: shape {shape}")
+        as_it_lies = whole and target.in_axes is None and target.out_axes is None
+        view = _whole_view(shape) if as_it_lies else _matrix_view(path, shape, target)
         resolved.append(ResolvedTarget(position, path, view, target.density, target.subspace))
     paths = [path for path, leaf in pairs if not is_masked(leaf)]
     if known and not resolved:
@@ -246,6 +263,19 @@ def resolve_targets(params: Any, targets: Targets) -> list[ResolvedTarget]:
     if not known and unmatched:
         raise _unmatched(next(t.pattern for t in patterns if t.pattern in unmatched), paths)
     return resolved
+
+
+def _all_whole(pairs: Sequence[tuple[str, Any]]) -> list[ResolvedTarget]:
+    """Every floating-point weight as a target; other leaves, such as counters and random keys, are left out."""
+    targets = [
+        ResolvedTarget(position, path, _whole_view(tuple(leaf.shape)))
+        for position, (path, leaf) in enumerate(pairs)
+        if not is_masked(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and math.prod(leaf.shape) > 0
+    ]
+    if not targets:
+        paths = ", ".join(path for path, _ in pairs[:5])
+        raise InputError(f"the model has no floating-point parameters; it has {paths}")
+    return targets
 
 
 def tree_size(params: Any) -> int:

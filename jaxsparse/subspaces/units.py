@@ -8,7 +8,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,13 @@ __all__ = ["Blocks", "Coordinates", "Everything", "Neurons", "Slices", "Units", 
 
 
 class Units(abc.ABC):
-    """Where a weight may move: a way to cut its matrices into units, some of which are free."""
+    """Where a weight may move: a way to cut its matrices into units, some of which are free.
+
+    Attributes:
+        whole: weights are free as a whole, so that they need not be matrices.
+    """
+
+    whole: ClassVar[bool] = False
 
     @abc.abstractmethod
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
@@ -348,7 +354,9 @@ class Blocks(Units):
 
 @dataclass(frozen=True)
 class Everything(Units):
-    """Every entry is free: one unit, the whole matrix. Its slots are dense."""
+    """Every entry is free: one unit, the whole matrix. Its slots are dense, and weights of any shape will do."""
+
+    whole: ClassVar[bool] = True
 
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns one unit for each target."""
