@@ -18,15 +18,26 @@ from jaxsparse.methods.neuroada import neuroada
 from jaxsparse.methods.paca import c_paca, d_paca, paca
 from jaxsparse.select.schedules import RefreshEvery
 
-__all__ = ["METHODS", "constructor_of", "options_class"]
+__all__ = ["METHODS", "PAPERS", "constructor_of", "options_class"]
+
+# A method stands here under its paper, so that none is without one.
+_METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
+    "GASDU": (gasdu, fixed_mask),
+    "NeuroAda (arXiv 2510.18940)": (neuroada,),
+    "GaLLoP (arXiv 2510.19778)": (gallop,),
+    "Beyond LoRA (arXiv 2606.13767)": (cla, r_cla, c3la, r_c3la),
+    "PaCA (arXiv 2503.01905)": (paca, d_paca, c_paca),
+    "SIFT (arXiv 2312.11875)": (sift,),
+    "SAFT (arXiv 2407.03036)": (saft,),
+    "SHiRA (arXiv 2406.13175)": (shira,),
+    "Super-Tuning (arXiv 2607.09287)": (super_tuning,),
+}
 
 METHODS: dict[str, Callable[..., SubspaceTransformation]] = {
-    constructor.__name__: constructor
-    for constructor in (
-        *(gasdu, fixed_mask, neuroada, gallop),
-        *(cla, r_cla, c3la, r_c3la, paca, d_paca, c_paca),
-        *(sift, saft, shira, super_tuning),
-    )
+    constructor.__name__: constructor for constructors in _METHODS_OF.values() for constructor in constructors
+}
+PAPERS: dict[str, str] = {
+    constructor.__name__: paper for paper, constructors in _METHODS_OF.items() for constructor in constructors
 }
 
 # Arguments that every method has, and that a run sets in one place for all of them.
