@@ -26,6 +26,7 @@ from jaxsparse.methods.neuroada import neuroada as neuroada
 from jaxsparse.methods.paca import c_paca as c_paca
 from jaxsparse.methods.paca import d_paca as d_paca
 from jaxsparse.methods.paca import paca as paca
+from jaxsparse.methods.smt import smt as smt
 from jaxsparse.select.schedules import adaptive as adaptive
 from jaxsparse.subspaces.targets import Target as Target
 

@@ -16,6 +16,7 @@ from jaxsparse.methods.gallop import gallop
 from jaxsparse.methods.gasdu import fixed_mask, gasdu
 from jaxsparse.methods.neuroada import neuroada
 from jaxsparse.methods.paca import c_paca, d_paca, paca
+from jaxsparse.methods.smt import smt
 from jaxsparse.select.schedules import RefreshEvery
 
 __all__ = ["METHODS", "PAPERS", "constructor_of", "options_class"]
@@ -31,6 +32,7 @@ _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "SAFT (arXiv 2407.03036)": (saft,),
     "SHiRA (arXiv 2406.13175)": (shira,),
     "Super-Tuning (arXiv 2607.09287)": (super_tuning,),
+    "SMT (arXiv 2405.15525)": (smt,),
 }
 
 METHODS: dict[str, Callable[..., SubspaceTransformation]] = {

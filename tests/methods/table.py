@@ -19,6 +19,7 @@ class Row:
             there are none.
         looks: first steps that change nothing.
         injectable: the options that may be traced; all others set shapes.
+        filled: slots may be filled up with entries that are no weights.
     """
 
     constructor: Callable[..., Any]
@@ -26,6 +27,7 @@ class Row:
     converging: dict[str, Any] | None = None
     looks: int = 0
     injectable: tuple[str, ...] = ()
+    filled: bool = False
 
     @property
     def name(self) -> str:
@@ -59,4 +61,11 @@ ROWS = [
     Row(js.paca, {"rank": 1}),
     Row(js.d_paca, {"rank": 1}),
     Row(js.c_paca, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
+    Row(
+        js.smt,
+        {"blocks": 2, "size": 2, "calibration_steps": 1},
+        {"blocks": 5, "calibration_steps": 1},
+        looks=1,
+        filled=True,
+    ),
 ]

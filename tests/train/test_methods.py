@@ -13,6 +13,7 @@ OPTIONS = {
     **dict.fromkeys(("cla", "r_cla", "paca", "d_paca"), ("--rank", "2")),
     **dict.fromkeys(("c3la", "r_c3la", "c_paca"), ("--rank", "2", "--chain-every", "5")),
     "shira": ("--rank", "1"),
+    "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
 }
 
 
