@@ -100,7 +100,7 @@ class MatrixPlaces(Places):
     def pick(self, unit_scores: list[Array], old: Any) -> Any:
         """Returns the best units of every matrix."""
         picks = zip(self.targets, unit_scores, leaves_of(self.targets, old), strict=True)
-        return self.spread([target.subspace.pick(scores, like) for target, scores, like in picks])
+        return self.spread([target.subspace.pick(scores, like, target.view) for target, scores, like in picks])
 
     def gather(self, matrices: list[Array], support: Any) -> Any:
         """Returns the slots, a tree."""

@@ -21,6 +21,7 @@ def neuroada(
     inner: optax.GradientTransformation | None = None,
     *,
     k: int = 1,
+    neurons: float = 1.0,
     select: Literal["magnitude", "reverse", "gradient", "random"] = "magnitude",
     targets: Targets = None,
     slots_dtype: SlotsDType = "promote",
@@ -38,6 +39,9 @@ def neuroada(
         inner: optimizer of theta, AdamW in the paper; it sees theta as parameters, so weight decay acts on theta
             and not on W.
         k: free inputs of every neuron; the paper's budgets are 1 and 20 (section 5).
+        neurons: share of the neurons of every matrix that train, rounded, at least one (figure 6; by default all).
+            Neither the paper nor the released code says which: here those whose k picked inputs score highest in sum,
+            which for "random" is any.
         select: "magnitude" picks the largest |W|; "reverse" the smallest, "gradient" the largest |g| of the first
             step, "random" any (figure 7).
         targets: the weights that may move; the paper's are all seven linear layers of a block. None: the attention
@@ -50,7 +54,7 @@ def neuroada(
         A gradient transformation with state `js.SubspaceState`; `state.slots` holds theta.
 
     Raises:
-        InputError: k < 1, more inputs than a neuron has, or an unknown selection.
+        InputError: k < 1, more inputs than a neuron has, neurons outside (0, 1], or an unknown selection.
         TypeError: a value of the wrong kind.
 
     Example:
@@ -69,7 +73,7 @@ def neuroada(
         Description(
             name="neuroada",
             inner=inner,
-            subspace=Neurons(k),
+            subspace=Neurons(k, neurons),
             score=_SCORES[select],
             sees="change",
             targets=targets,

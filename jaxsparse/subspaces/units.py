@@ -51,8 +51,10 @@ class Units(abc.ABC):
     def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack units"]:
         """Turns scores of entries into scores of units."""
 
-    def pick(self, unit_scores: Float[Array, "stack units"], like: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
-        """Returns the units with the largest scores, as many as in `like`.
+    def pick(
+        self, unit_scores: Float[Array, "stack units"], like: Int[Array, "stack ..."], view: MatrixView
+    ) -> Int[Array, "stack ..."]:
+        """Returns the units of matrices with the largest scores, as many as in `like`.
 
         Best first, ties to the lowest number; NaN counts as larger than any number.
         """
@@ -169,17 +171,22 @@ class Coordinates(_Entries):
 
 @dataclass(frozen=True)
 class Neurons(_Entries):
-    """k free inputs of every neuron, a neuron being one output; the support is (stack, k, out) of flat indices.
+    """k free inputs of every neuron, a neuron being one output; the support is (stack, k, neurons) of flat indices.
 
     Attributes:
         inputs: k.
+        neurons: neurons with free inputs / all neurons of a matrix, rounded, at least one: those whose k inputs have
+            the largest scores in sum.
     """
 
     inputs: int
+    neurons: float = 1.0
 
     def __post_init__(self) -> None:
         if self.inputs < 1:
             raise InputError(f"k, the inputs of every neuron, must be at least 1, got {self.inputs}")
+        if not 0 < self.neurons <= 1:
+            raise InputError(f"neurons, the share of neurons with free inputs, must lie in (0, 1], got {self.neurons}")
 
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns k for each target."""
@@ -189,19 +196,23 @@ class Neurons(_Entries):
         _check_indices(targets)
         return [self.inputs] * len(targets)
 
-    def empty_support(self, view: MatrixView, count: int) -> Int[Array, "stack k out"]:
-        """Returns the first k inputs of every neuron."""
+    def empty_support(self, view: MatrixView, count: int) -> Int[Array, "stack k neurons"]:
+        """Returns the first k inputs of the first neurons."""
         first = jnp.arange(count * view.out_size, dtype=jnp.int32).reshape(count, view.out_size)
-        return jnp.tile(first, (view.stack, 1, 1))
+        return jnp.tile(first[:, : max(1, round(self.neurons * view.out_size))], (view.stack, 1, 1))
 
     def pick(
-        self, unit_scores: Float[Array, "stack size"], like: Int[Array, "stack k out"]
-    ) -> Int[Array, "stack k out"]:
-        """Returns the k inputs of every neuron with the largest scores."""
-        stack, k, outputs = like.shape
-        by_neuron = jnp.swapaxes(unit_scores.reshape(stack, -1, outputs), 1, 2)
-        best = jnp.swapaxes(jax.lax.top_k(by_neuron, k)[1], 1, 2)
-        return best * outputs + jnp.arange(outputs, dtype=jnp.int32)
+        self, unit_scores: Float[Array, "stack size"], like: Int[Array, "stack k neurons"], view: MatrixView
+    ) -> Int[Array, "stack k neurons"]:
+        """Returns the k inputs of every neuron with the largest scores, neurons in ascending order."""
+        _, k, trained = like.shape
+        by_neuron = jnp.swapaxes(unit_scores.reshape(view.stack, view.in_size, view.out_size), 1, 2)
+        values, inputs = jax.lax.top_k(by_neuron, k)
+        neurons = jnp.arange(view.out_size, dtype=jnp.int32)[None]
+        if trained < view.out_size:
+            neurons = jnp.sort(jax.lax.top_k(jnp.sum(values, axis=2), trained)[1], axis=1)
+            inputs = jnp.take_along_axis(inputs, neurons[:, :, None], axis=1)
+        return jnp.swapaxes(inputs, 1, 2) * view.out_size + neurons[:, None, :]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ SHAPE = (2, 6, 8)
 UNITS = {
     "coordinates": Coordinates(Budget(density=0.2)),
     "neurons": Neurons(2),
+    "some neurons": Neurons(2, neurons=0.4),
     "input slices": Slices(3),
     "output slices": Slices(share=0.5, axis="output"),
     "heads": Slices(1, group=3),
@@ -35,14 +36,15 @@ def test_cut_and_join_are_inverses_and_scatter_puts_back_what_gather_took(name: 
     targets, view = resolve(weight)
     np.testing.assert_array_equal(units.join(units.cut(weight), view), weight)
     (count,) = units.counts(targets, weight.size)
-    support = units.pick(units.unit_scores(jnp.asarray(rng.normal(size=SHAPE))), units.empty_support(view, count))
+    scores = units.unit_scores(jnp.asarray(rng.normal(size=SHAPE)))
+    support = units.pick(scores, units.empty_support(view, count), view)
     assert support.shape == units.empty_support(view, count).shape
     slots = units.gather(weight, support)
     dense = np.asarray(units.scatter(view, support, slots, fill=9.0))
     free = dense != 9.0
     np.testing.assert_array_equal(dense[free], np.asarray(weight)[free])
     expected = {"coordinates": 2 * 10, "neurons": 2 * 2 * 8, "input slices": 2 * 3 * 8, "output slices": 2 * 4 * 6}
-    expected |= {"heads": 2 * 3 * 8, "everything": weight.size}
+    expected |= {"some neurons": 2 * 2 * 3, "heads": 2 * 3 * 8, "everything": weight.size}
     if name in expected:  # blocks at the edge are smaller
         assert free.sum() == expected[name]
     assert slots.size >= free.sum()
@@ -52,9 +54,11 @@ def test_each_picks_what_numpy_picks(rng: np.random.Generator) -> None:
     scores = rng.normal(size=SHAPE)
 
     def pick(units: Units, like: tuple[int, ...]) -> np.ndarray:
-        return np.asarray(units.pick(units.unit_scores(jnp.asarray(scores)), jnp.zeros(like, jnp.int32)))
+        view = resolve(scores)[1]
+        return np.asarray(units.pick(units.unit_scores(jnp.asarray(scores)), jnp.zeros(like, jnp.int32), view))
 
     neurons = pick(UNITS["neurons"], (2, 2, 8))
+    some = pick(UNITS["some neurons"], (2, 2, 3))
     slices = pick(UNITS["input slices"], (2, 3))
     outputs = pick(UNITS["output slices"], (2, 4))
     heads = pick(UNITS["heads"], (2, 1))
@@ -62,6 +66,8 @@ def test_each_picks_what_numpy_picks(rng: np.random.Generator) -> None:
     for layer in range(2):
         best = np.argsort(-scores[layer], axis=0, kind="stable")[:2]  # inputs of every neuron
         np.testing.assert_array_equal(neurons[layer], best * 8 + np.arange(8))
+        strong = np.sort(np.argsort(-np.sort(scores[layer], axis=0)[-2:].sum(axis=0))[:3])
+        np.testing.assert_array_equal(some[layer], (best * 8 + np.arange(8))[:, strong])
         np.testing.assert_array_equal(slices[layer], np.argsort(-np.linalg.norm(scores[layer], axis=1))[:3])
         np.testing.assert_array_equal(outputs[layer], np.argsort(-np.linalg.norm(scores[layer], axis=0))[:4])
         groups = np.linalg.norm(scores[layer].reshape(2, 24), axis=1)
@@ -87,6 +93,7 @@ def test_values_stay_with_their_units(seed: int, stack: int, k: int, width: int)
     ("make", "message"),
     [
         (lambda: Neurons(0), "k, the inputs of every neuron"),
+        (lambda: Neurons(1, neurons=0.0), "neurons, the share of neurons with free inputs, must lie in"),
         (lambda: Neurons(7).counts(resolve(np.ones(SHAPE))[0], 96), "more than the 6 inputs of w"),
         (lambda: Slices(), "exactly one of"),
         (lambda: Slices(0), "at least 1"),
