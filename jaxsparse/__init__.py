@@ -32,8 +32,10 @@ from jaxsparse.subspaces.targets import Target as Target
 
 # Imported on first use: who chains a method into an optax pipeline need not wait for Orbax and grain.
 _ON_DEMAND = ("data", "deltas", "evaluate", "models", "train")
+from jaxsparse.methods.s2ft import s2ft as s2ft
 
 
+from jaxsparse.subspaces.permutation import permute_coupled as permute_coupled
 def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
         return importlib.import_module(f"jaxsparse.{name}")

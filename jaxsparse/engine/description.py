@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -16,8 +16,8 @@ from jaxsparse.engine.places import GlobalPlaces, MatrixPlaces, Places
 from jaxsparse.select.carry import Carry, check_carry
 from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import Score, score_dtype
-from jaxsparse.subspaces.targets import ResolvedTarget, Targets, is_masked, resolve_targets, tree_size
-from jaxsparse.subspaces.units import Units
+from jaxsparse.subspaces.targets import ResolvedTarget, Targets, is_masked, tree_size
+from jaxsparse.subspaces.units import Subspace
 
 __all__ = ["Description", "Method", "Scope", "Sees", "SlotsDType", "SubspaceTransformation", "count_slots"]
 
@@ -80,12 +80,13 @@ class Description(Method):
         calibration_steps: so many first updates change nothing: the mean of their gradients picks the units. The
             state then holds a dense sum.
         given: statistics by parameter path, to be used in place of this step's: "gradient" (in the parameter's
-            shape), "activation" (stack, in), or "support", the units themselves (stack, ...).
+            shape), "activation" (stack, in) or for output slices (stack, out), or "support", the units themselves
+            (stack, ...).
     """
 
     name: str
     inner: optax.GradientTransformation | None
-    subspace: Units
+    subspace: Subspace
     score: Score
     schedule: Schedule = field(default_factory=Once)
     scope: Scope = "matrix"
@@ -97,7 +98,7 @@ class Description(Method):
     scale: Any = 1.0
     learning_rate: Any = None
     calibration_steps: int = 0
-    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_carry(self.carry)
@@ -119,8 +120,7 @@ class Description(Method):
 
     def resolve(self, tree: Any) -> list[ResolvedTarget]:
         """Returns the targets in a tree shaped like the parameters, each with its subspace."""
-        targets = resolve_targets(tree, self.targets, whole=self.subspace.whole)
-        return [replace(target, subspace=target.subspace or self.subspace) for target in targets]
+        return self.subspace.resolve(tree, self.targets)
 
     def moving(self, params: Any) -> list[int]:
         """Returns the positions of the targets."""

@@ -1,6 +1,8 @@
 """Picking supports: statistics into scores of units, scores into supports."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +12,10 @@ from jaxtyping import Array, Int
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.places import GlobalPlaces, Places
-from jaxsparse.select.scores import Draw, Entries, score_dtype
+from jaxsparse.select.scores import Draw, Entries, Score, score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget
 
-__all__ = ["select"]
+__all__ = ["score_units", "select"]
 
 
 def select(
@@ -43,46 +45,95 @@ def select(
     given = description.given.get("support")
     if given is not None:
         return _given_support(places, given, old_support)
-    scores = []
     known_weights: Sequence[Array | None] = weights or [None] * len(gradients)
-    key = jax.random.fold_in(jax.random.key(description.seed), turn)
-    counts = places.counts(old_support)
-    for number, (target, gradient, weight) in enumerate(zip(places.targets, gradients, known_weights, strict=True)):
-        if description.score.entries is None:
-            assert description.score.draw is not None
-            units = jax.eval_shape(target.subspace.unit_scores, gradient).shape
-            draw = Draw(units[1], units[0], counts[number], turn, jax.random.fold_in(key, number))
-            unit_scores = description.score.draw(draw)
-        else:
-            entries = _entries(description, target, gradient, weight)
-            unit_scores = target.subspace.unit_scores(description.score.entries(entries))
-        scores.append(unit_scores if description.score.largest else -unit_scores)
+    statistics = zip(places.counts(old_support), gradients, known_weights, strict=True)
+    scores = [
+        score_units(description, places.targets[number], number, count, gradient, weight, turn)
+        for number, (count, gradient, weight) in enumerate(statistics)
+    ]
     return places.pick(scores, old_support)
+
+
+def score_units(
+    description: Description,
+    target: ResolvedTarget,
+    number: int,
+    count: int,
+    gradient: Array,
+    weight: Array | None,
+    turn: Int[Array, ""],
+) -> Array:
+    """Scores the units of one target; the largest are to be picked.
+
+    Args:
+        description: the method.
+        target: the target.
+        number: its number among the targets; a draw of its own comes with it.
+        count: how many units may be picked of each of its matrices.
+        gradient: of this step or calibrated, (stack, in, out).
+        weight: (stack, in, out), or None where it is not at hand.
+        turn: how often was picked before.
+
+    Returns:
+        Scores (stack, units).
+
+    Raises:
+        InputError: the score needs something that is not at hand.
+    """
+    score = description.score
+    if score.draw is not None:
+        units = jax.eval_shape(target.subspace.unit_scores, gradient).shape
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(description.seed), turn), number)
+        unit_scores = score.draw(Draw(units[1], units[0], count, turn, key))
+    else:
+        unit_scores = _unit_scores(score, target, _entries(description, target, gradient, weight))
+    return unit_scores if score.largest else -unit_scores
+
+
+def _unit_scores(score: Score, target: ResolvedTarget, entries: Entries) -> Array:
+    """Scores of units, from scores of entries; those of factors are multiplied."""
+    if score.entries is not None:
+        return target.subspace.unit_scores(score.entries(entries))
+    return math.prod((_unit_scores(factor, target, entries) for factor in score.factors), start=jnp.ones([]))
 
 
 def _entries(description: Description, target: ResolvedTarget, gradient: Array, weight: Array | None) -> Entries:
     """What the score may look at for one target."""
     dtype = score_dtype(gradient.dtype)
-    shape = gradient.shape
     found: dict[str, Any] = {"gradient": gradient, "weight": weight, "activation": None}
-    for name, view in (("gradient", target.view.matrices), ("activation", lambda a: a.reshape(shape[0], shape[1], 1))):
+    readings: dict[str, tuple[ResolvedTarget, Callable[[Array], Array]]] = {
+        "gradient": (target, target.view.matrices),
+        "activation": (target.activation_of or target, partial(target.subspace.activations, view=target.view)),
+    }
+    for name, (source, read) in readings.items():
         given: Mapping[str, Any] = description.given.get(name, {})
-        if given:
-            if target.path not in given:
-                raise InputError(f"{description.name}: no {name} is given for target {target.path}")
-            found[name] = view(jnp.asarray(given[target.path]))
+        if not given:
+            continue
+        if source.path not in given:
+            raise InputError(f"{description.name}: no {name} is given for target {source.path}")
+        value = jnp.asarray(given[source.path])
+        try:
+            found[name] = read(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{description.name}: the {name} given for {source.path} has shape {value.shape}, which does not fit "
+                f"{target.path} of shape {target.view.shape}"
+            ) from error
     for name in description.score.needs:
         if found[name] is None:
             hint = "call update(gradients, state, params)" if name == "weight" else f"give {name}s by js.calibrate"
             raise InputError(
                 f"{description.name}: score {description.score.name} needs the {name} of {target.path}; {hint}"
             )
-    return Entries(**{name: value if value is None else value.astype(dtype) for name, value in found.items()})
+    needed = {name: found[name].astype(dtype) for name in description.score.needs}
+    return Entries(**{**dict.fromkeys(Entries._fields), **needed})
 
 
-def _given_support(places: Places, given: Mapping[str, Any], old_support: Any) -> Any:
+def _given_support(places: Places, given: Any, old_support: Any) -> Any:
     """The support that the user supplies, checked."""
     if isinstance(places, GlobalPlaces):
+        if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, old_support):
+            raise InputError(f"the support given must be a GlobalSupport of {places.counts(old_support)[0]} units")
         return given
     supports = []
     for target, like in zip(places.targets, jax.tree.leaves(old_support), strict=True):

@@ -12,7 +12,7 @@ from jaxsparse.select.carry import Carry
 from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import Score
 from jaxsparse.subspaces.targets import Targets
-from jaxsparse.subspaces.units import Units
+from jaxsparse.subspaces.units import Subspace
 
 __all__ = ["subspace_descent"]
 
@@ -20,7 +20,7 @@ __all__ = ["subspace_descent"]
 def subspace_descent(
     inner: optax.GradientTransformation | None = None,
     *,
-    subspace: Units,
+    subspace: Subspace,
     score: Score,
     scope: Scope = "matrix",
     schedule: Schedule | None = None,
@@ -37,7 +37,8 @@ def subspace_descent(
 
     Args:
         inner: optimizer of the slots; None: the transformation only masks gradients.
-        subspace: where a weight may move: `js.subspaces.Coordinates`, `Neurons`, `Slices`, `Blocks`, `Everything`.
+        subspace: where a weight may move: `js.subspaces.Coordinates`, `Neurons`, `Slices`, `CoupledSlices`,
+            `Blocks`, `Everything`.
         score: which units are picked: one of `js.select`, or `js.select.Score` of your own.
         scope: whether units compete inside their matrix, or over all matrices ("global").
         schedule: when they are picked again: `js.select.Once()` (the default), `js.select.Every(M)`,

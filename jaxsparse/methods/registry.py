@@ -12,10 +12,12 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import SlotsDType, SubspaceTransformation
 from jaxsparse.methods.baselines import saft, shira, sift, super_tuning
 from jaxsparse.methods.cheap_lora import c3la, cla, r_c3la, r_cla
+from jaxsparse.methods.full import bitfit, full
 from jaxsparse.methods.gallop import gallop
 from jaxsparse.methods.gasdu import fixed_mask, gasdu
 from jaxsparse.methods.neuroada import neuroada
 from jaxsparse.methods.paca import c_paca, d_paca, paca
+from jaxsparse.methods.s2ft import s2ft
 from jaxsparse.methods.smt import smt
 from jaxsparse.select.schedules import RefreshEvery
 
@@ -25,6 +27,7 @@ __all__ = ["METHODS", "PAPERS", "constructor_of", "options_class"]
 _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "GASDU": (gasdu, fixed_mask),
     "NeuroAda (arXiv 2510.18940)": (neuroada,),
+    "S2FT (arXiv 2412.06289)": (s2ft,),
     "GaLLoP (arXiv 2510.19778)": (gallop,),
     "Beyond LoRA (arXiv 2606.13767)": (cla, r_cla, c3la, r_c3la),
     "PaCA (arXiv 2503.01905)": (paca, d_paca, c_paca),
@@ -32,6 +35,8 @@ _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "SAFT (arXiv 2407.03036)": (saft,),
     "SHiRA (arXiv 2406.13175)": (shira,),
     "Super-Tuning (arXiv 2607.09287)": (super_tuning,),
+    "BitFit (arXiv 2106.10199)": (bitfit,),
+    "full fine-tuning": (full,),
     "SMT (arXiv 2405.15525)": (smt,),
 }
 
@@ -43,9 +48,9 @@ PAPERS: dict[str, str] = {
 }
 
 # Arguments that every method has, and that a run sets in one place for all of them.
-_COMMON = ("inner", "targets", "seed", "gradients", "learning_rate")
+_COMMON = ("inner", "targets", "seed", "gradients", "activations", "learning_rate")
 # What can be written on a command line, for arguments that take more than that from Python.
-_WRITTEN: dict[Any, Any] = {RefreshEvery: int, SlotsDType: str | None}
+_WRITTEN: dict[Any, Any] = {RefreshEvery: int | str, SlotsDType: str | None}
 
 
 def constructor_of(method: str) -> Callable[..., SubspaceTransformation]:

@@ -13,4 +13,5 @@ from jaxsparse.select.scores import WEIGHT as WEIGHT
 from jaxsparse.select.scores import WEIGHT_ACTIVATION as WEIGHT_ACTIVATION
 from jaxsparse.select.scores import Score as Score
 from jaxsparse.select.scores import gradient_over_weight as gradient_over_weight
+from jaxsparse.select.scores import product as product
 from jaxsparse.select.scores import smallest as smallest

@@ -107,7 +107,7 @@ class Adaptive:
 
 
 Schedule = Once | Every | Adaptive
-RefreshEvery = int | jax.Array | Callable[[Any], Any] | Adaptive
+RefreshEvery = int | jax.Array | Callable[[Any], Any] | Adaptive | str
 
 
 def adaptive(threshold: float = 0.8, *, minimum: int = 10, maximum: int = 400) -> Adaptive:
@@ -141,17 +141,21 @@ def refresh_schedule(refresh_every: RefreshEvery) -> Schedule:
     """Turns what a user gives as `refresh_every` into a schedule.
 
     Args:
-        refresh_every: M in steps, at least 1 (it may be a traced array), a schedule from the step to M, or
-            `adaptive(...)`.
+        refresh_every: M in steps, at least 1 (it may be a traced array), a schedule from the step to M,
+            `adaptive(...)`, or its text for command lines, "adaptive:THRESHOLD:MINIMUM:MAXIMUM", which may end early.
 
     Raises:
-        InputError: M is below 1.
+        InputError: M is below 1, or the text is no schedule.
         TypeError: M is not an integer.
 
     Example:
         >>> refresh_schedule(50)
         Every(period=50)
+        >>> refresh_schedule("adaptive:0.9:5")
+        Adaptive(threshold=0.9, minimum=5, maximum=400)
     """
+    if isinstance(refresh_every, str):
+        return _adaptive_from_text(refresh_every)
     if isinstance(refresh_every, Adaptive):
         return refresh_every
     if callable(refresh_every) or isinstance(refresh_every, jax.Array):
@@ -163,3 +167,19 @@ def refresh_schedule(refresh_every: RefreshEvery) -> Schedule:
     if refresh_every < 1:
         raise InputError(f"refresh_every must be at least 1 step, got {refresh_every}")
     return Every(int(refresh_every))
+
+
+def _adaptive_from_text(text: str) -> Adaptive:
+    """Reads `adaptive`, `adaptive:0.8`, `adaptive:0.8:10` or `adaptive:0.8:10:400`."""
+    kind, *values = text.split(":")
+    try:
+        if kind != "adaptive" or len(values) > 3:
+            raise ValueError(text)
+        given: dict[str, Any] = dict(zip(("minimum", "maximum"), map(int, values[1:]), strict=False))
+        threshold = [float(value) for value in values[:1]]
+    except ValueError:
+        raise InputError(
+            "refresh_every must be a whole number of steps, or adaptive:THRESHOLD:MINIMUM:MAXIMUM such as "
+            f"adaptive:0.8:10:400, which may end early; got {text!r}"
+        ) from None
+    return adaptive(*threshold, **given)

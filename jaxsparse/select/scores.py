@@ -22,6 +22,7 @@ __all__ = [
     "Entries",
     "Score",
     "gradient_over_weight",
+    "product",
     "score_dtype",
     "smallest",
 ]
@@ -38,7 +39,8 @@ class Entries(NamedTuple):
     Attributes:
         gradient: dL/dW of this step, or its mean over a calibration set; (stack, in, out).
         weight: W; (stack, in, out).
-        activation: 2-norm of every input over a calibration set; (stack, in, 1).
+        activation: 2-norm of every input over a calibration set, (stack, in, 1); for output slices of every output,
+            (stack, 1, out).
     """
 
     gradient: Any
@@ -71,7 +73,9 @@ class Score:
     Attributes:
         name: what reports call it.
         entries: from `Entries` to scores (stack, in, out); units are then scored by their subspace.
-        draw: from a `Draw` to scores (stack, units); exactly one of `entries` and `draw` is given.
+        draw: from a `Draw` to scores (stack, units).
+        factors: scores of entries; a unit's score is the product of what these give it. Exactly one of `entries`,
+            `draw` and `factors` is given.
         needs: the fields of `Entries` that must be at hand.
         largest: pick the largest scores, or the smallest.
 
@@ -85,6 +89,7 @@ class Score:
     name: str
     entries: Callable[[Entries], Array] | None = None
     draw: Callable[[Draw], Array] | None = None
+    factors: tuple["Score", ...] = ()
     needs: tuple[str, ...] = ()
     largest: bool = True
 
@@ -97,6 +102,17 @@ def smallest(score: Score) -> Score:
         False
     """
     return replace(score, name=f"smallest {score.name}", largest=not score.largest)
+
+
+def product(*factors: Score) -> Score:
+    """Returns the product of scores of units, such as the norm of a slice times that of its activations (S2FT-S).
+
+    Example:
+        >>> product(WEIGHT, ACTIVATION).needs
+        ('weight', 'activation')
+    """
+    needs = tuple(dict.fromkeys(name for factor in factors for name in factor.needs))
+    return Score(" * ".join(factor.name for factor in factors), factors=factors, needs=needs)
 
 
 def gradient_over_weight(epsilon: float = 1e-8) -> Score:

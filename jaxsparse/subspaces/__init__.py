@@ -1,6 +1,7 @@
 """Where a weight may move: targets, budgets, and the units that matrices are cut into."""
 
 from jaxsparse.subspaces.budgets import Budget as Budget
+from jaxsparse.subspaces.coupled import CoupledSlices as CoupledSlices
 from jaxsparse.subspaces.units import Blocks as Blocks
 from jaxsparse.subspaces.units import Coordinates as Coordinates
 from jaxsparse.subspaces.units import Everything as Everything

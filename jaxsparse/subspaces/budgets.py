@@ -11,12 +11,18 @@ import jax
 from jaxsparse.common.errors import InputError
 from jaxsparse.subspaces.targets import ResolvedTarget
 
-__all__ = ["Budget", "Share"]
+__all__ = ["Budget", "Share", "check_fraction"]
 
 Share = Literal["even", "proportional"]
 
 
-def _check_fraction(name: str, value: Any) -> None:
+def check_fraction(name: str, value: Any) -> None:
+    """Raises unless a value is a number in (0, 1].
+
+    Raises:
+        InputError: it is out of range.
+        TypeError: it is traced, or no number.
+    """
     if isinstance(value, jax.Array | jax.core.Tracer):
         raise TypeError(
             f"{name} sets array shapes and must be a Python number; "
@@ -59,7 +65,7 @@ class Budget:
             )
         for name in ("density", "budget"):
             if getattr(self, name) is not None:
-                _check_fraction(name, getattr(self, name))
+                check_fraction(name, getattr(self, name))
         if self.share not in ("even", "proportional"):
             raise InputError(f"share must be 'even' or 'proportional', got {self.share!r}")
 
@@ -78,7 +84,7 @@ class Budget:
         """
         for target in targets:
             if target.density is not None:
-                _check_fraction(f"density of target {target.path}", target.density)
+                check_fraction(f"density of target {target.path}", target.density)
         return [
             max(1, round(target.density * target.view.size))
             if target.density is not None

@@ -120,6 +120,7 @@ class ResolvedTarget:
         view: how the weight is read as matrices.
         density: the density that its `Target` asks for, or None.
         subspace: the subspace that its `Target` asks for, or None.
+        activation_of: the weight whose inputs' activations score this one; None: itself.
     """
 
     position: int
@@ -127,6 +128,7 @@ class ResolvedTarget:
     view: MatrixView
     density: float | None = None
     subspace: Any = None
+    activation_of: "ResolvedTarget | None" = None
 
 
 def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixView:

@@ -7,8 +7,8 @@ A stack of matrices (stack, in, out) is cut into units: (stack, units, *entries 
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,36 @@ from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.subspaces.budgets import Budget
-from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget
+from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget, Targets, resolve_targets
 
-__all__ = ["Blocks", "Coordinates", "Everything", "Neurons", "Slices", "Units", "follow"]
+__all__ = ["Blocks", "Coordinates", "Everything", "Neurons", "Slices", "Subspace", "Units", "follow"]
 
 
-class Units(abc.ABC):
-    """Where a weight may move: a way to cut its matrices into units, some of which are free.
+class Subspace(abc.ABC):
+    """Where the weights of a model may move."""
+
+    @abc.abstractmethod
+    def resolve(self, tree: Any, targets: Targets) -> list[ResolvedTarget]:
+        """Returns the targets in a tree shaped like the parameters, each with its `Units`.
+
+        Raises:
+            InputError: the model lacks what the targets or the subspace name.
+        """
+
+
+class Units(Subspace):
+    """A way to cut a weight's matrices into units, some of which are free.
 
     Attributes:
         whole: weights are free as a whole, so that they need not be matrices.
     """
 
     whole: ClassVar[bool] = False
+
+    def resolve(self, tree: Any, targets: Targets) -> list[ResolvedTarget]:
+        """Returns the targets; those without units of their own have these."""
+        resolved = resolve_targets(tree, targets, whole=self.whole)
+        return [replace(target, subspace=target.subspace or self) for target in resolved]
 
     @abc.abstractmethod
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
@@ -50,6 +67,10 @@ class Units(abc.ABC):
     @abc.abstractmethod
     def unit_scores(self, scores: Float[Array, "stack in out"]) -> Float[Array, "stack units"]:
         """Turns scores of entries into scores of units."""
+
+    def activations(self, norms: Num[Array, "..."], view: MatrixView) -> Num[Array, "stack ..."]:
+        """Returns the 2-norm of every input's activation in a shape that broadcasts against the matrices."""
+        return norms.reshape(view.stack, view.in_size, 1)
 
     def pick(
         self, unit_scores: Float[Array, "stack units"], like: Int[Array, "stack ..."], view: MatrixView
@@ -256,6 +277,17 @@ class Slices(Units):
                 raise InputError(f"{count} slices are more than the {groups} {self.axis} slices of {target.path}")
             counts.append(count)
         return counts
+
+    def activations(self, norms: Num[Array, "..."], view: MatrixView) -> Num[Array, "stack ..."]:
+        """Returns 2-norms of activations in a shape that broadcasts against the matrices.
+
+        For output slices `norms` are those of the outputs, or of the inputs that couple to them: several groups for
+        each of ours under grouped-query attention, which are taken together.
+        """
+        if self.axis == "input":
+            return super().activations(norms, view)
+        grouped = norms.reshape(view.stack, view.out_size // self.group, -1, self.group)
+        return jnp.linalg.norm(grouped, axis=2).reshape(view.stack, 1, view.out_size)
 
     def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack groups ..."]:
         """Returns the slices; (stack, in, out) for single input slices."""
