@@ -50,7 +50,7 @@ def gasdu(
         budget: free coordinates / all parameters. The paper's runs are `budget=1e-4, share="even"`.
         share: how a budget is spread over the matrices: "even" (section 5 and the released code) or "proportional".
         refresh_every: M, optimizer steps between refreshes (default 50, section 5); a schedule from the step to
-            M; or `js.adaptive(...)`.
+            M; or `js.adaptive(...)`, which can be written adaptive:THRESHOLD:MINIMUM:MAXIMUM (adaptive:0.8:10:400).
         carry: what a refresh does to the moments: "slot" keeps them with the slot (appendix F), "coordinate"
             keeps those of coordinates that stay and starts newcomers afresh, "reset" starts the whole inner
             state afresh, schedules inside it included.
