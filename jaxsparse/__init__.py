@@ -26,16 +26,16 @@ from jaxsparse.methods.neuroada import neuroada as neuroada
 from jaxsparse.methods.paca import c_paca as c_paca
 from jaxsparse.methods.paca import d_paca as d_paca
 from jaxsparse.methods.paca import paca as paca
+from jaxsparse.methods.s2ft import s2ft as s2ft
 from jaxsparse.methods.smt import smt as smt
 from jaxsparse.select.schedules import adaptive as adaptive
+from jaxsparse.subspaces.permutation import permute_coupled as permute_coupled
 from jaxsparse.subspaces.targets import Target as Target
 
 # Imported on first use: who chains a method into an optax pipeline need not wait for Orbax and grain.
 _ON_DEMAND = ("data", "deltas", "evaluate", "models", "train")
-from jaxsparse.methods.s2ft import s2ft as s2ft
 
 
-from jaxsparse.subspaces.permutation import permute_coupled as permute_coupled
 def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
         return importlib.import_module(f"jaxsparse.{name}")

@@ -12,7 +12,6 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import SlotsDType, SubspaceTransformation
 from jaxsparse.methods.baselines import saft, shira, sift, super_tuning
 from jaxsparse.methods.cheap_lora import c3la, cla, r_c3la, r_cla
-from jaxsparse.methods.full import bitfit, full
 from jaxsparse.methods.gallop import gallop
 from jaxsparse.methods.gasdu import fixed_mask, gasdu
 from jaxsparse.methods.neuroada import neuroada
@@ -35,8 +34,6 @@ _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "SAFT (arXiv 2407.03036)": (saft,),
     "SHiRA (arXiv 2406.13175)": (shira,),
     "Super-Tuning (arXiv 2607.09287)": (super_tuning,),
-    "BitFit (arXiv 2106.10199)": (bitfit,),
-    "full fine-tuning": (full,),
     "SMT (arXiv 2405.15525)": (smt,),
 }
 
