@@ -66,7 +66,8 @@ def calibrate(
     places, empty, _ = description.start(params)
     needs = description.score.needs
     if "activation" in needs and not description.given.get("activation"):
-        activations = collect_activations(loss_fn, params, calibration_set, description.targets)
+        read = {target.path: target for target in (target.activation_of or target for target in places.targets)}
+        activations = _activations(loss_fn, params, calibration_set, list(read.values()))
         description = replace(description, given={**description.given, "activation": activations})
     wants_gradient = "gradient" in needs and not description.given.get("gradient")
     counts, supports = places.counts(empty), leaves_of(places.targets, empty)
@@ -260,7 +261,15 @@ def collect_activations(
         >>> js.collect_activations(lambda p, x: jnp.sum(x @ p["w"]), {"w": jnp.ones((2, 1))}, [batch], "w")
         {'w': Array([[5., 1.]], dtype=float32)}
     """
-    found = resolve_targets(params, targets)
+    calibration_set = list(batches)
+    if not calibration_set:
+        raise InputError("batches is empty: calibration needs at least one batch")
+    return _activations(loss_fn, params, calibration_set, resolve_targets(params, targets))
+
+
+def _activations(
+    loss_fn: LossFn, params: Any, batches: Sequence[Any], found: Sequence[ResolvedTarget]
+) -> dict[str, Array]:
     leaves, structure = jax.tree.flatten(params)
     rule = _SquaredActivations()
 
@@ -276,12 +285,9 @@ def collect_activations(
         views = [(target.view, score_dtype(leaves[target.position].dtype)) for target in found]
         return jax.grad(loss_of)([jnp.zeros((view.stack, view.in_size), dtype) for view, dtype in views])
 
-    calibration_set = list(batches)
-    if not calibration_set:
-        raise InputError("batches is empty: calibration needs at least one batch")
-    with progress("collecting activations", len(calibration_set)) as advance:
+    with progress("collecting activations", len(batches)) as advance:
         sums: list[Any] = [0.0] * len(found)
-        for batch in calibration_set:
+        for batch in batches:
             sums = [total + part for total, part in zip(sums, squares(leaves, batch), strict=True)]
             advance(1)
     return {target.path: jnp.sqrt(total) for target, total in zip(found, sums, strict=True)}
