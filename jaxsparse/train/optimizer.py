@@ -98,13 +98,16 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def make_method(config: FinetuneConfig, params: Any, steps: int) -> SubspaceTransformation:
+def make_method(
+    config: FinetuneConfig, params: Any, steps: int, head_size: int | None = None
+) -> SubspaceTransformation:
     """Builds the method that a configuration names, around its inner optimizer.
 
     Args:
         config: the run's configuration.
         params: the model's parameters, or their shapes.
         steps: optimizer steps of the run.
+        head_size: width of one attention head, for methods that ask for it and are not told.
 
     Returns:
         The transformation.
@@ -119,12 +122,13 @@ def make_method(config: FinetuneConfig, params: Any, steps: int) -> SubspaceTran
             f"warmup_steps={inner.warmup_steps} would start again with it; use carry=slot or carry=coordinate, or "
             "schedule=constant and warmup_steps=0"
         )
+    fields = dataclasses.fields(config.chosen_method)
+    options = {option.name: getattr(config.chosen_method, option.name) for option in fields}
+    if "head_size" in options and options["head_size"] is None:
+        options["head_size"] = head_size
     return constructor_of(config.method)(
         inner_optimizer(inner, steps),
         targets=stacked_targets(params, config.targets),
         seed=config.run.seed,
-        **{
-            option.name: getattr(config.chosen_method, option.name)
-            for option in dataclasses.fields(config.chosen_method)
-        },
+        **options,
     )

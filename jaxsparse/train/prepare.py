@@ -75,7 +75,7 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     options: dict[str, Any] = {"template": rows.template, "max_length": rows.max_length, "too_long": rows.too_long}
     examples = encode_rows(train_rows, base.tokenizer, train_on=rows.train_on, **options)
     steps = _steps(config, examples)
-    method = make_method(config, base.params, steps)
+    method = make_method(config, base.params, steps, base.config.head_dim)
     jax.eval_shape(method.init, base.params)  # complains about targets and budgets
     model, held_out = LanguageModel(base.config, config.base.remat), None
     if eval_rows:
