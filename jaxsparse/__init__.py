@@ -32,6 +32,7 @@ from jaxsparse.methods.gasdu import fixed_mask as fixed_mask
 from jaxsparse.methods.gasdu import gasdu as gasdu
 from jaxsparse.methods.gradient_lora import lora_ga as lora_ga
 from jaxsparse.methods.gradient_lora import lora_one as lora_one
+from jaxsparse.methods.lisa import lisa as lisa
 from jaxsparse.methods.lora import asym_lora as asym_lora
 from jaxsparse.methods.lora import cola as cola
 from jaxsparse.methods.lora import lora as lora

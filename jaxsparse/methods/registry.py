@@ -12,8 +12,13 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import SlotsDType, SubspaceTransformation
 from jaxsparse.methods.baselines import saft, shira, sift, super_tuning
 from jaxsparse.methods.cheap_lora import c3la, cla, r_c3la, r_cla
+from jaxsparse.methods.dora import dora
+from jaxsparse.methods.full import bitfit, full
 from jaxsparse.methods.gallop import gallop
 from jaxsparse.methods.gasdu import fixed_mask, gasdu
+from jaxsparse.methods.gradient_lora import lora_ga, lora_one
+from jaxsparse.methods.lisa import lisa
+from jaxsparse.methods.lora import asym_lora, cola, lora, lora_plus, rac_lora
 from jaxsparse.methods.neuroada import neuroada
 from jaxsparse.methods.paca import c_paca, d_paca, paca
 from jaxsparse.methods.s2ft import s2ft
@@ -30,10 +35,21 @@ _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "GaLLoP (arXiv 2510.19778)": (gallop,),
     "Beyond LoRA (arXiv 2606.13767)": (cla, r_cla, c3la, r_c3la),
     "PaCA (arXiv 2503.01905)": (paca, d_paca, c_paca),
+    "LoRA (arXiv 2106.09685)": (lora,),
+    "LoRA+ (arXiv 2402.12354)": (lora_plus,),
+    "CoLA (arXiv 2401.04151)": (cola,),
+    "Asymmetric LoRA (arXiv 2402.16842)": (asym_lora,),
+    "RAC-LoRA (arXiv 2410.08305)": (rac_lora,),
+    "DoRA (arXiv 2402.09353)": (dora,),
+    "LoRA-GA (arXiv 2407.05000)": (lora_ga,),
+    "LoRA-One (arXiv 2502.01235)": (lora_one,),
     "SIFT (arXiv 2312.11875)": (sift,),
     "SAFT (arXiv 2407.03036)": (saft,),
     "SHiRA (arXiv 2406.13175)": (shira,),
     "Super-Tuning (arXiv 2607.09287)": (super_tuning,),
+    "LISA (arXiv 2403.17919)": (lisa,),
+    "BitFit (arXiv 2106.10199)": (bitfit,),
+    "full fine-tuning": (full,),
     "SMT (arXiv 2405.15525)": (smt,),
 }
 
