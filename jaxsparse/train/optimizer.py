@@ -1,6 +1,7 @@
 """The inner optimizer and the method that a configuration describes."""
 
 import dataclasses
+import inspect
 import math
 import re
 from typing import Any
@@ -44,8 +45,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, falls[config.schedule]], [config.warmup_steps])
 
 
-def inner_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def inner_optimizer(config: OptimizerConfig, steps: int, *, scaled: bool = True) -> optax.GradientTransformation:
     """Returns the optimizer of the slots: clipping, then Adam, AdamW or gradient descent.
+
+    Args:
+        config: the optimizer's options.
+        steps: optimizer steps of the run.
+        scaled: by the learning rate, downhill. Methods that start their inner optimizer afresh do that themselves, so
+            that the rate's schedule does not start again.
+
+    Returns:
+        The optimizer.
 
     Raises:
         InputError: a value is out of range, or weight decay is asked of an optimizer that has none.
@@ -57,13 +67,11 @@ def inner_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
         raise InputError(f"weight_decay must be a positive number, or 0 for none, got {config.weight_decay}")
     if config.weight_decay and config.optimizer != "adamw":
         raise InputError(f"weight_decay={config.weight_decay} needs --optimizer adamw, not {config.optimizer}")
-    makers: dict[str, Any] = {
-        "adam": lambda: optax.adam(rate),
-        "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
-        "sgd": lambda: optax.sgd(rate),
-    }
-    optimizer = makers[config.optimizer]()
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
+    links = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    links += [optax.identity() if config.optimizer == "sgd" else optax.scale_by_adam()]
+    links += [optax.add_decayed_weights(config.weight_decay)] if config.optimizer == "adamw" else []
+    links += [optax.scale_by_learning_rate(rate)] if scaled else []
+    return optax.chain(*links)
 
 
 def stacked_targets(params: Any, pattern: str | None) -> Targets:
@@ -126,8 +134,13 @@ def make_method(
     options = {option.name: getattr(config.chosen_method, option.name) for option in fields}
     if "head_size" in options and options["head_size"] is None:
         options["head_size"] = head_size
-    return constructor_of(config.method)(
-        inner_optimizer(inner, steps),
+    constructor = constructor_of(config.method)
+    takes = inspect.signature(constructor).parameters
+    if "learning_rate" in takes:
+        options["learning_rate"] = learning_rate(inner, steps)
+    if "inner" in takes:
+        options["inner"] = inner_optimizer(inner, steps, scaled="learning_rate" not in takes)
+    return constructor(
         targets=stacked_targets(params, config.targets),
         seed=config.run.seed,
         **options,
