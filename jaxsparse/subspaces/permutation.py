@@ -36,7 +36,7 @@ class Move(NamedTuple):
     parts: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit` takes one
 class CoupledPermutation:
     """A reordering of heads and channels, as a function of parameters.
 
