@@ -24,9 +24,9 @@ from jaxsparse.methods.cheap_lora import cla as cla
 from jaxsparse.methods.cheap_lora import r_c3la as r_c3la
 from jaxsparse.methods.cheap_lora import r_cla as r_cla
 from jaxsparse.methods.composition import subspace_descent as subspace_descent
+from jaxsparse.methods.dora import dora as dora
 from jaxsparse.methods.full import bitfit as bitfit
 from jaxsparse.methods.full import full as full
-from jaxsparse.methods.dora import dora as dora
 from jaxsparse.methods.gallop import gallop as gallop
 from jaxsparse.methods.gasdu import fixed_mask as fixed_mask
 from jaxsparse.methods.gasdu import gasdu as gasdu

@@ -2,8 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import jax.numpy as jnp
+import pytest
 
 import jaxsparse as js
 
@@ -20,6 +25,9 @@ class Row:
         looks: first steps that change nothing.
         injectable: the options that may be traced; all others set shapes.
         filled: slots may be filled up with entries that are no weights.
+        slots: how many numbers a matrix of (in, out) trains; None: one for every weight that moves.
+        mirrors: the fields of the state that mirror the parameters.
+        rounds: `init` warns that weights narrower than float32 round its steps away.
     """
 
     constructor: Callable[..., Any]
@@ -28,10 +36,19 @@ class Row:
     looks: int = 0
     injectable: tuple[str, ...] = ()
     filled: bool = False
+    slots: Callable[[int, int], int] | None = None
+    mirrors: tuple[str, ...] = ("support", "master")
+    rounds: bool = False
 
     @property
     def name(self) -> str:
         return self.constructor.__name__
+
+    def warning(self, dtype: Any) -> AbstractContextManager[Any]:
+        """Expects what `init` has to say of weights of a dtype."""
+        if self.rounds and jnp.dtype(dtype).itemsize < 4:
+            return pytest.warns(UserWarning, match="round most of a small one away")
+        return nullcontext()
 
     @property
     def static(self) -> tuple[str, ...]:
@@ -39,6 +56,9 @@ class Row:
         shapes = {*self.options, "density", "budget", "targets", "epsilon", "gradients"} - {*self.injectable}
         return tuple(shapes & {*inspect.signature(self.constructor).parameters})
 
+
+# Updates of low-rank methods are dense, and what trains are the factors.
+LowRankRow = partial(Row, slots=lambda inputs, outputs: inputs + outputs, mirrors=("factors", "norms"), rounds=True)
 
 ROWS = [
     Row(
@@ -61,6 +81,14 @@ ROWS = [
     Row(js.paca, {"rank": 1}),
     Row(js.d_paca, {"rank": 1}),
     Row(js.c_paca, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
+    LowRankRow(js.lora, {"rank": 1}, {"rank": 2}),
+    LowRankRow(js.lora_plus, {"rank": 1, "ratio": 16.0}),
+    LowRankRow(js.cola, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 200}),
+    LowRankRow(js.asym_lora, {"rank": 1}, slots=lambda inputs, outputs: outputs),
+    LowRankRow(js.rac_lora, {"rank": 1, "chain_every": 2}, slots=lambda inputs, outputs: outputs),
+    LowRankRow(js.dora, {"rank": 1}, {"rank": 2}, slots=lambda inputs, outputs: inputs + 2 * outputs),
+    LowRankRow(js.lora_ga, {"rank": 1, "gamma": 16.0, "calibration_steps": 1}, looks=1),
+    LowRankRow(js.lora_one, {"rank": 1, "gamma": 128.0, "calibration_steps": 1}, {"rank": 2}, looks=1),
     Row(
         js.smt,
         {"blocks": 2, "size": 2, "calibration_steps": 1},

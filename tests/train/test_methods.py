@@ -12,9 +12,13 @@ OPTIONS = {
     **dict.fromkeys(("gasdu", "fixed_mask", "sift", "gallop"), ("--density", "0.02")),
     **dict.fromkeys(("cla", "r_cla", "paca", "d_paca"), ("--rank", "2")),
     **dict.fromkeys(("c3la", "r_c3la", "c_paca"), ("--rank", "2", "--chain-every", "5")),
+    **dict.fromkeys(("lora", "lora_plus", "asym_lora", "dora", "lora_ga", "lora_one"), ("--rank", "2")),
+    **dict.fromkeys(("cola", "rac_lora"), ("--rank", "2", "--chain-every", "5")),
     "shira": ("--rank", "1"),
     "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
 }
+# These move every weight of a target by fewer numbers.
+DENSE_UPDATES = {"lora", "lora_plus", "cola", "asym_lora", "rac_lora", "dora", "lora_ga", "lora_one"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -29,6 +33,8 @@ def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
     report = json.loads((out / "report.json").read_text())
     assert report["bit_identical"]
     assert report["method"] == method
-    assert 0 < report["entries_changed"] <= report["slots"] * max(report["refreshes"], 1)
+    assert report["entries_changed"] > 0
+    if method not in DENSE_UPDATES:
+        assert report["entries_changed"] <= report["slots"] * max(report["refreshes"], 1)
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-3:]) < sum(losses[:3])
