@@ -24,6 +24,7 @@ class Row:
             there are none.
         looks: first steps that change nothing.
         injectable: the options that may be traced; all others set shapes.
+        targets: all matrices, unless the method asks for more than a pattern.
         filled: slots may be filled up with entries that are no weights.
         slots: how many numbers a matrix of (in, out) trains; None: one for every weight that moves.
         mirrors: the fields of the state that mirror the parameters.
@@ -35,6 +36,7 @@ class Row:
     converging: dict[str, Any] | None = None
     looks: int = 0
     injectable: tuple[str, ...] = ()
+    targets: Any = ".*"
     filled: bool = False
     slots: Callable[[int, int], int] | None = None
     mirrors: tuple[str, ...] = ("support", "master")
@@ -80,6 +82,11 @@ ROWS = [
     Row(js.r_c3la, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
     Row(js.paca, {"rank": 1}),
     Row(js.d_paca, {"rank": 1}),
+    Row(
+        js.s2ft,
+        {"output": None, "down": None, "calibration_steps": 0},
+        targets=[js.Target(".*", subspace=js.subspaces.Slices(1))],
+    ),
     Row(js.c_paca, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
     LowRankRow(js.lora, {"rank": 1}, {"rank": 2}),
     LowRankRow(js.lora_plus, {"rank": 1, "ratio": 16.0}),

@@ -25,7 +25,7 @@ inners = pytest.mark.parametrize(("row", "inner"), PAIRS, ids=lambda value: geta
 
 
 def make(row: Row, inner: str, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return row.constructor(INNERS[inner](), **{**row.options, "targets": ".*", **options})
+    return row.constructor(INNERS[inner](), **{**row.options, "targets": row.targets, **options})
 
 
 def problem(rng: np.random.Generator, dtype: Any = jnp.float32) -> tuple[dict, Any]:
@@ -123,7 +123,7 @@ def test_inner_state_has_one_entry_for_everything_that_trains(row: Row, rng: np.
 @inners
 def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.random.Generator) -> None:
     params, loss = problem(rng)
-    options = {**row.options, "targets": ".*"}
+    options = {**row.options, "targets": row.targets}
     tx = row.constructor(INNERS[inner](), **options)
     factory = functools.partial(row.constructor, INNERS[inner]())
     injected = optax.inject_hyperparams(factory, static_args=row.static)(**options)
@@ -192,7 +192,7 @@ def test_inner_schedule_equals_constant(row: Row, rng: np.random.Generator) -> N
     params, loss = problem(rng)
     results = []
     for rate in (0.05, optax.constant_schedule(0.05)):
-        tx = row.constructor(optax.adam(rate), **row.options, targets=".*")
+        tx = row.constructor(optax.adam(rate), **row.options, targets=row.targets)
         current, state, update = params, tx.init(params), jax.jit(tx.update)
         for _ in range(5):
             updates, state = update(jax.grad(loss)(current), state, current)

@@ -15,6 +15,7 @@ OPTIONS = {
     **dict.fromkeys(("lora", "lora_plus", "asym_lora", "dora", "lora_ga", "lora_one"), ("--rank", "2")),
     **dict.fromkeys(("cola", "rac_lora"), ("--rank", "2", "--chain-every", "5")),
     "shira": ("--rank", "1"),
+    "s2ft": ("--output", "0.25", "--down", "0.1"),
     "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
 }
 # These move every weight of a target by fewer numbers.
