@@ -15,6 +15,7 @@ from jaxsparse.engine.calibration import collect_gradients as collect_gradients
 from jaxsparse.engine.calibration import with_support as with_support
 from jaxsparse.engine.low_rank import LowRankState as LowRankState
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
+from jaxsparse.engine.spiel import SpielState as SpielState
 from jaxsparse.methods.baselines import saft as saft
 from jaxsparse.methods.baselines import shira as shira
 from jaxsparse.methods.baselines import sift as sift
@@ -44,6 +45,7 @@ from jaxsparse.methods.paca import d_paca as d_paca
 from jaxsparse.methods.paca import paca as paca
 from jaxsparse.methods.s2ft import s2ft as s2ft
 from jaxsparse.methods.smt import smt as smt
+from jaxsparse.methods.spiel import spiel as spiel
 from jaxsparse.select.schedules import adaptive as adaptive
 from jaxsparse.subspaces.permutation import permute_coupled as permute_coupled
 from jaxsparse.subspaces.targets import Target as Target

@@ -23,6 +23,7 @@ from jaxsparse.methods.neuroada import neuroada
 from jaxsparse.methods.paca import c_paca, d_paca, paca
 from jaxsparse.methods.s2ft import s2ft
 from jaxsparse.methods.smt import smt
+from jaxsparse.methods.spiel import spiel
 from jaxsparse.select.schedules import RefreshEvery
 
 __all__ = ["METHODS", "PAPERS", "constructor_of", "options_class"]
@@ -51,6 +52,7 @@ _METHODS_OF: dict[str, tuple[Callable[..., SubspaceTransformation], ...]] = {
     "BitFit (arXiv 2106.10199)": (bitfit,),
     "full fine-tuning": (full,),
     "SMT (arXiv 2405.15525)": (smt,),
+    "SpIEL (arXiv 2401.16405)": (spiel,),
 }
 
 METHODS: dict[str, Callable[..., SubspaceTransformation]] = {
@@ -61,7 +63,7 @@ PAPERS: dict[str, str] = {
 }
 
 # Arguments that every method has, and that a run sets in one place for all of them.
-_COMMON = ("inner", "targets", "seed", "gradients", "activations", "learning_rate")
+_COMMON = ("inner", "targets", "seed", "gradients", "activations", "learning_rate", "weight_decay", "clip")
 # What can be written on a command line, for arguments that take more than that from Python.
 _WRITTEN: dict[Any, Any] = {RefreshEvery: int | str, SlotsDType: str | None}
 

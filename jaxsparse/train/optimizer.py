@@ -106,6 +106,14 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def _options_without_inner(method: str, config: OptimizerConfig, steps: int) -> dict[str, Any]:
+    """What a method that brings its own optimizer takes from the options of the inner one."""
+    inner_optimizer(config, steps)  # complains about what is out of range
+    if config.optimizer == "sgd":
+        raise InputError(f"{method} brings its own optimizer, so optimizer=sgd cannot be had; leave it out")
+    return {"weight_decay": config.weight_decay, "clip": config.clip or None}
+
+
 def make_method(
     config: FinetuneConfig, params: Any, steps: int, head_size: int | None = None
 ) -> SubspaceTransformation:
@@ -140,6 +148,10 @@ def make_method(
         options["learning_rate"] = learning_rate(inner, steps)
     if "inner" in takes:
         options["inner"] = inner_optimizer(inner, steps, scaled="learning_rate" not in takes)
+    else:
+        options |= _options_without_inner(config.method, inner, steps)
+        if options.get("total_steps", steps) is None:
+            options["total_steps"] = steps
     return constructor(
         targets=stacked_targets(params, config.targets),
         seed=config.run.seed,
