@@ -67,6 +67,9 @@ def _init(description: Description, params: Any) -> SubspaceState:
         evidence = (jnp.zeros([], jnp.int32), params) if description.calibration_steps else ()
         return SubspaceState(Progress.start(), params, params, params, inner, evidence)
     places, support, slot_weights = description.start(params)
+    weights = jax.eval_shape(partial(_weights, description, places.targets), params)
+    # Statistics that the score needs and nobody gave are an error now, and not in the first step.
+    jax.eval_shape(partial(select, description, places), support, weights, weights, jnp.zeros([], jnp.int32))
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
     has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)

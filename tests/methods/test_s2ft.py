@@ -246,14 +246,7 @@ TRANSPOSED = {
 }
 
 
-def needs_activations() -> None:
-    tx = js.s2ft(head_size=2, score="activation")
-    tx.update(GPT2, tx.init(GPT2), GPT2)
-
-
-def wrong_activations() -> None:
-    tx = js.s2ft(output=None, score="activation", activations={"h/0/mlp/c_proj/kernel": jnp.ones(7)})
-    tx.update(GPT2, tx.init(GPT2), GPT2)
+WRONG = {"h/0/mlp/c_proj/kernel": jnp.ones(7)}
 
 
 @pytest.mark.parametrize(
@@ -276,8 +269,11 @@ def wrong_activations() -> None:
             "c_attn/kernel is no projection that is trained",
         ),
         (lambda: js.s2ft(output=None).init(TRANSPOSED), r"do not couple.*kernels must be \(in, out\)"),
-        (needs_activations, "needs the activation of h/0/attn/c_proj/kernel"),
-        (wrong_activations, r"activation given for h/0/mlp/c_proj/kernel has shape \(7,\), which does not fit"),
+        (lambda: js.s2ft(head_size=2, score="activation").init(GPT2), "needs the activation of h/0/attn/c_proj/kernel"),
+        (
+            lambda: js.s2ft(output=None, score="product", activations=WRONG).init(GPT2),
+            r"activation given for h/0/mlp/c_proj/kernel has shape \(7,\), which does not fit",
+        ),
     ],
 )
 def test_what_does_not_work_is_named(make: Callable[[], Any], message: str) -> None:
