@@ -146,7 +146,7 @@ def _statistics(
     targets: Sequence[ResolvedTarget],
     wants_gradient: bool,
     advance: Advance,
-) -> list[Array]:
+) -> list[Any]:
     """Mean gradients of some targets as stacks of matrices; where nobody looks at them, only their shapes."""
     if wants_gradient:
         return _mean_gradients(loss_fn, params, batches, targets, advance)

@@ -210,6 +210,27 @@ def test_calibrates_on_the_mean_gradient_of_its_first_steps(rng: np.random.Gener
     np.testing.assert_array_equal(at(state.support, path), np.argsort(norms, axis=1)[:, :3])
 
 
+def test_calibrate_measures_between_the_two_sides_of_a_structure(rng: np.random.Generator) -> None:
+    """The activation of a channel, for up too, is what enters down."""
+    params = float32(
+        {name: {"kernel": rng.normal(size=shape)} for name, shape in (("up_proj", (5, 9)), ("down_proj", (9, 5)))}
+    )
+    batches = [jnp.asarray(rng.normal(size=(7, 5)), jnp.float32) for _ in range(2)]
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        return jnp.sum(jnp.sin(jax.nn.relu(batch @ params["up_proj"]["kernel"]) @ params["down_proj"]["kernel"]))
+
+    tx = js.s2ft(optax.sgd(0.1), output=None, down=0.35, up=0.35, score="activation", which="small")
+    support = js.calibrate(loss_fn, params, batches, tx)
+    hidden = np.maximum(np.concatenate(batches) @ np.asarray(params["up_proj"]["kernel"]), 0)
+    expected = np.argsort(np.linalg.norm(hidden, axis=0))[:3]
+    for path in ("up_proj/kernel", "down_proj/kernel"):
+        np.testing.assert_array_equal(support[path], expected[None])
+    given = js.with_support(tx, support)
+    _, state = given.update(params, given.init(params), params)
+    np.testing.assert_array_equal(state.support["down_proj"]["kernel"], expected[None])
+
+
 def test_targets_narrow_the_choice_or_name_slices_of_any_model(rng: np.random.Generator) -> None:
     params = float32(kernels(rng))
     stacked = {"stack_axes": (0,)}
