@@ -2,6 +2,7 @@
 
 import abc
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,11 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def trains(self) -> bool:
         """Whether updates are steps, and not merely masked gradients."""
+
+    @property
+    def subspace_name(self) -> str:
+        """Where weights may move, in a word or two."""
+        return _words(type(self))
 
     @abc.abstractmethod
     def moving(self, params: Any) -> list[int]:
@@ -118,6 +124,11 @@ class Description(Method):
         """Whether there is an inner optimizer."""
         return self.inner is not None
 
+    @property
+    def subspace_name(self) -> str:
+        """The kind of subspace."""
+        return _words(type(self.subspace))
+
     def resolve(self, tree: Any) -> list[ResolvedTarget]:
         """Returns the targets in a tree shaped like the parameters, each with its subspace."""
         return self.subspace.resolve(tree, self.targets)
@@ -163,6 +174,12 @@ class Description(Method):
                 f"slots_dtype={dtype} cannot hold weights of {weight_dtype}; use 'promote' or a wider dtype"
             )
         return dtype
+
+
+def _words(kind: type) -> str:
+    """The name of a class, or of the first public one that it is made from, in words."""
+    name = next(base.__name__ for base in kind.__mro__ if not base.__name__.startswith("_"))
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def _is_slots_dtype(dtype: Any) -> bool:

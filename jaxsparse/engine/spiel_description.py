@@ -146,6 +146,11 @@ class Spiel(Method):
         """Always: SpIEL brings its own optimizer."""
         return True
 
+    @property
+    def subspace_name(self) -> str:
+        """Coordinates, whatever becomes of them."""
+        return "coordinates"
+
     def resolve(self, tree: Any) -> list[ResolvedTarget]:
         """Returns the targets in a tree shaped like the parameters."""
         targets = resolve_targets(tree, self.targets)

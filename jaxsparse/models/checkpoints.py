@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.files import check_writable
+from jaxsparse.common.files import check_writable, read_json
 from jaxsparse.common.fingerprints import fingerprint
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.data.tokenizer_formats import tokenizer_from_llama2c
 from jaxsparse.data.tokenizers import Tokenizer, check_fits
-from jaxsparse.models.configs import Config
+from jaxsparse.models.configs import Config, config_from_hugging_face
 from jaxsparse.models.fetch import cache_folder, fetch_smollm2
 from jaxsparse.models.gguf_reader import GGUFSource
 from jaxsparse.models.hugging_face import HuggingFaceSource, is_hugging_face, write_hugging_face
@@ -20,7 +20,7 @@ from jaxsparse.models.llama2c import Llama2cSource
 from jaxsparse.models.sources import TensorSource, load_params
 from jaxsparse.models.store import StoredSource, is_stored, write_folder
 
-__all__ = ["KNOWN_MODELS", "Checkpoint", "convert", "export_hugging_face", "load", "save"]
+__all__ = ["KNOWN_MODELS", "Checkpoint", "convert", "export_hugging_face", "load", "load_config", "save"]
 
 # Models that are fetched by name.
 KNOWN_MODELS = {"smollm2-135m": fetch_smollm2}
@@ -70,6 +70,23 @@ def load(path_or_name: str | Path, *, dtype: Any = None, tokenizer: str | Path |
     params = load_params(source, dtype)
     folder = path if path.is_dir() else path.parent
     return Checkpoint(source.config, params, chosen, source.name, _fingerprint(source, params), folder)
+
+
+def load_config(path_or_name: str | Path) -> Config:
+    """Reads a model's configuration, whatever its format, and none of its weights.
+
+    Args:
+        path_or_name: as for `load`; of a Hugging Face folder config.json is enough, which can be named itself.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: it is no model, or one that is not supported.
+    """
+    path = _locate(path_or_name)
+    file = path / "config.json" if path.is_dir() and not is_stored(path) else path
+    return config_from_hugging_face(read_json(file)) if file.name == "config.json" else _open(path).config
 
 
 def save(
