@@ -1,1 +1,8 @@
-"""Operations on sparse subspaces that depend on jax alone; the fused engine will call them."""
+"""Operations on sparse subspaces that depend on jax alone; the fused engine calls them.
+
+An op is a folder: `reference.py` is plain XLA, `op.py` checks arguments and chooses an implementation.
+"""
+
+from jaxsparse.kernels.gradient_topk.op import GradientTopK as GradientTopK
+from jaxsparse.kernels.gradient_topk.op import gradient_topk as gradient_topk
+from jaxsparse.kernels.sampled_matmul.op import sampled_matmul as sampled_matmul

@@ -73,7 +73,8 @@ def followed(function: Callable[..., Any]) -> Callable[..., Any]:
         for output, (path, _) in zip(outputs, flatten_with_paths(out)[0], strict=True):
             if is_followed(output):
                 raise UnsupportedUseError(output.path, f"the function's own result {path or 'as a whole'}")
-        return jax.tree.unflatten(jax.tree.structure(out), outputs)
+        # Constants come as NumPy's arrays.
+        return jax.tree.unflatten(jax.tree.structure(out), [jnp.asarray(output) for output in outputs])
 
     return call
 

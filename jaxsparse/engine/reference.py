@@ -20,7 +20,15 @@ from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
-__all__ = ["SubspaceState", "advance", "reference_engine", "retention"]
+__all__ = [
+    "SubspaceState",
+    "advance",
+    "carry_over",
+    "fresh_state",
+    "move_slots",
+    "reference_engine",
+    "retention",
+]
 
 
 class SubspaceState(NamedTuple):
@@ -70,13 +78,25 @@ def _init(description: Description, params: Any) -> SubspaceState:
     weights = jax.eval_shape(partial(_weights, description, places.targets), params)
     # Statistics that the score needs and nobody gave are an error now, and not in the first step.
     jax.eval_shape(partial(select, description, places), support, weights, weights, jnp.zeros([], jnp.int32))
+    return fresh_state(description, support, slot_weights, _no_evidence(description, places, params))
+
+
+def fresh_state(description: Description, support: Any, slot_weights: Any, evidence: Any = ()) -> SubspaceState:
+    """Returns the state before the first step.
+
+    Args:
+        description: the method.
+        support: the support to start from.
+        slot_weights: shapes and dtypes of the weights at the support.
+        evidence: sums to begin calibrating with.
+    """
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
     has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)
     master = jax.tree.map(lambda has, z: jnp.copy(z) if has else optax.MaskedNode(), has_master, zeros)
     inner = () if description.inner is None else description.inner.init(zeros)
     slots = zeros if description.sees == "change" else nothing
-    return SubspaceState(Progress.start(), support, slots, master, inner, _no_evidence(description, places, params))
+    return SubspaceState(Progress.start(), support, slots, master, inner, evidence)
 
 
 def _no_evidence(description: Description, places: Places, params: Any) -> Any:
@@ -116,8 +136,8 @@ def _update(
         moves, slots, master, inner = slot_gradients, state.slots, state.master, state.inner
     else:
         slot_weights = places.gather(weights, support)
-        carried = _carry(description, places, state, due, support, slot_weights)
-        moves, slots, master, inner = _move(description, carried, slot_gradients, slot_weights, extra_args)
+        carried = carry_over(description, places, state, due, support, slot_weights)
+        moves, slots, master, inner = move_slots(description, carried, slot_gradients, slot_weights, extra_args)
 
     finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slot_gradients, moves))], bool).all()
     takes = finite & ~calibrating
@@ -211,10 +231,10 @@ def advance(
     )
 
 
-def _carry(
+def carry_over(
     description: Description, places: Places, state: SubspaceState, due: Bool[Array, ""], support: Any, weights: Any
 ) -> SubspaceState:
-    """The state on the new support: moments and changes by the method's carry, masters with their units."""
+    """Returns the state on the new support: moments and changes by the method's carry, masters with their units."""
 
     def refresh(state: SubspaceState) -> SubspaceState:
         moved = places.moved(state.support, support)
@@ -236,10 +256,10 @@ def _follow(values: Any, moved: Any, newcomer: float) -> Any:
     return jax.tree.map(lambda v, m: v if is_masked(v) else m.follow(v, newcomer), values, moved, is_leaf=is_masked)
 
 
-def _move(
+def move_slots(
     description: Description, state: SubspaceState, slot_gradients: Any, weights: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any]:
-    """One step of the inner optimizer: what to add to every slot's weight, new slots, masters and inner state."""
+    """Returns one step of the inner optimizer: what to add to every slot's weight, slots, masters and inner state."""
     wide = jax.tree.map(lambda w: w.astype(description.slot_dtype(w.dtype)), weights)
     master = jax.tree.map(
         lambda m, w, x: x if is_masked(m) else jnp.where(m.astype(w.dtype) == w, m, x),

@@ -22,8 +22,8 @@ def select(
     description: Description,
     places: Places,
     old_support: Any,
-    gradients: list[Array],
-    weights: list[Array],
+    gradients: Sequence[Array | jax.ShapeDtypeStruct],
+    weights: Sequence[Array],
     turn: Int[Array, ""],
 ) -> Any:
     """Picks the units with the best scores, as many as the old support has.
@@ -32,7 +32,8 @@ def select(
         description: the method.
         places: where the slots lie.
         old_support: the support before, for its shape.
-        gradients: of this step or calibrated, one stack of matrices per target.
+        gradients: of this step or calibrated, one stack of matrices per target; only their shapes, if the score does
+            not look at them.
         weights: one stack of matrices per target; empty where no parameters are at hand.
         turn: how often was picked before.
 
@@ -59,7 +60,7 @@ def score_units(
     target: ResolvedTarget,
     number: int,
     count: int,
-    gradient: Array,
+    gradient: Array | jax.ShapeDtypeStruct,
     weight: Array | None,
     turn: Int[Array, ""],
 ) -> Array:
@@ -97,7 +98,9 @@ def _unit_scores(score: Score, target: ResolvedTarget, entries: Entries) -> Arra
     return math.prod((_unit_scores(factor, target, entries) for factor in score.factors), start=jnp.ones([]))
 
 
-def _entries(description: Description, target: ResolvedTarget, gradient: Array, weight: Array | None) -> Entries:
+def _entries(
+    description: Description, target: ResolvedTarget, gradient: Array | jax.ShapeDtypeStruct, weight: Array | None
+) -> Entries:
     """What the score may look at for one target."""
     dtype = score_dtype(gradient.dtype)
     found: dict[str, Any] = {"gradient": gradient, "weight": weight, "activation": None}

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.select.scores import score_dtype
 
-__all__ = ["ReferenceTuner", "StepMetrics", "TunerState"]
+__all__ = ["ReferenceTuner", "StepMetrics", "TunerState", "check_method"]
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Array]]]
 
@@ -47,6 +48,21 @@ class StepMetrics(NamedTuple):
     skipped: Int[Array, ""]
 
 
+def check_method(method: optax.GradientTransformation) -> SubspaceTransformation:
+    """Returns a method that a tuner can train by.
+
+    Raises:
+        TypeError: `method` is no result of a constructor, or has no inner optimizer.
+    """
+    if not isinstance(method, SubspaceTransformation) or not method.description.trains:
+        raise TypeError(
+            "a tuner wants the result of a constructor with an inner optimizer, "
+            "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: "
+            "js.gasdu(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)), density=1e-4)"
+        )
+    return method
+
+
 class ReferenceTuner:
     """Trains a model by a method with dense gradients of the targets, and of nothing else.
 
@@ -74,14 +90,8 @@ class ReferenceTuner:
     """
 
     def __init__(self, loss_fn: LossFn, method: SubspaceTransformation, *, accumulate: int = 1) -> None:
-        if not isinstance(method, SubspaceTransformation) or not method.description.trains:
-            raise TypeError(
-                "a tuner wants the result of a constructor with an inner optimizer, "
-                "such as js.gasdu(optax.adam(1e-4), density=1e-4); clipping belongs inside: "
-                "js.gasdu(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)), density=1e-4)"
-            )
         self.loss_fn = loss_fn
-        self.method = method
+        self.method = check_method(method)
         self.accumulate = accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Num
+from jaxtyping import Array, Int, Num
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
@@ -99,6 +99,33 @@ class MatrixView:
     def size(self) -> int:
         """Number of entries of one matrix."""
         return self.in_size * self.out_size
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the matrices lie in memory as the weight does, so that reading them as such moves nothing."""
+        return self.order == tuple(range(len(self.shape)))
+
+    def place(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Returns where entries lie in the weight's own layout.
+
+        Args:
+            index: flat indices in a matrix, in (in, out) order.
+
+        Returns:
+            Flat indices over the weight's axes that count no layers.
+        """
+        if self.is_in_order:
+            return index
+        stride, strides = 1, {}
+        for axis in reversed(range(len(self.shape))):
+            if axis not in self.order[: self.layer_axes]:
+                strides[axis] = stride
+                stride *= self.shape[axis]
+        place = jnp.zeros_like(index)
+        for axis in reversed(self.order[self.layer_axes :]):
+            place = place + index % self.shape[axis] * strides[axis]
+            index = index // self.shape[axis]
+        return place
 
     def matrices(self, weight: Num[Array, "..."]) -> Num[Array, "stack in out"]:
         """Returns the weight as a stack of matrices."""

@@ -329,14 +329,14 @@ class Blocks(Units):
             if value is not None and value < 1:
                 raise InputError(f"blocks: {name} must be at least 1, got {value}")
 
-    def _grid(self, in_size: int, out_size: int) -> tuple[int, int, int, int]:
+    def grid(self, in_size: int, out_size: int) -> tuple[int, int, int, int]:
         """Rows and columns of a block, and of the grid of blocks."""
         rows, columns = min(self.size, in_size), min(self.size, out_size)
         return rows, columns, math.ceil(in_size / rows), math.ceil(out_size / columns)
 
     def _blocks(self, view: MatrixView) -> int:
         """Number of blocks of a matrix."""
-        _, _, down, across = self._grid(view.in_size, view.out_size)
+        _, _, down, across = self.grid(view.in_size, view.out_size)
         return down * across
 
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
@@ -378,14 +378,14 @@ class Blocks(Units):
     def cut(self, matrices: Num[Array, "stack in out"]) -> Num[Array, "stack blocks rows columns"]:
         """Returns the blocks."""
         stack, in_size, out_size = matrices.shape
-        rows, columns, down, across = self._grid(in_size, out_size)
+        rows, columns, down, across = self.grid(in_size, out_size)
         padded = jnp.pad(matrices, ((0, 0), (0, down * rows - in_size), (0, across * columns - out_size)))
         grid = padded.reshape(stack, down, rows, across, columns)
         return jnp.swapaxes(grid, 2, 3).reshape(stack, down * across, rows, columns)
 
     def join(self, units: Num[Array, "stack blocks rows columns"], view: MatrixView) -> Num[Array, "stack in out"]:
         """Returns the matrices."""
-        rows, columns, down, across = self._grid(view.in_size, view.out_size)
+        rows, columns, down, across = self.grid(view.in_size, view.out_size)
         grid = jnp.swapaxes(units.reshape(view.stack, down, across, rows, columns), 2, 3)
         return grid.reshape(view.stack, down * rows, across * columns)[:, : view.in_size, : view.out_size]
 

@@ -1,0 +1,190 @@
+"""One forward and backward pass that returns gradients of slots, and where picking is due the new supports."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsparse.engine.description import Description
+from jaxsparse.engine.interpreter import followed
+from jaxsparse.engine.single_use import check_used_once
+from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
+from jaxsparse.engine.slotted import SlotRule, slotted
+from jaxsparse.select.scores import score_dtype
+from jaxsparse.subspaces.targets import ResolvedTarget
+from jaxsparse.subspaces.units import Blocks, Coordinates, Everything, Neurons, Slices
+
+__all__ = ["Backward", "picks_in_backward", "slot_gradients"]
+
+
+class Backward(NamedTuple):
+    """What a backward pass finds.
+
+    Attributes:
+        loss: mean loss of the batch.
+        tokens: target tokens of the batch.
+        supports: for every target the support that its gradients belong to.
+        gradients: for every target the gradients of its slots, in at least float32.
+        energies: for every target the sum of squares of the whole gradient of each matrix, where a support was picked
+            by it; None if that never happens.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    supports: list[Int[Array, "..."]]
+    gradients: list[Float[Array, "..."]]
+    energies: list[Float[Array, " stack"]] | None
+
+
+def picks_in_backward(description: Description) -> bool:
+    """Whether supports are picked by the gradient inside the backward pass."""
+    given = description.given
+    return "gradient" in description.score.needs and not given.get("gradient") and given.get("support") is None
+
+
+def slot_gradients(
+    loss_fn: Callable[[Any, Any], tuple[Array, Array]],
+    description: Description,
+    targets: Sequence[ResolvedTarget],
+    params: Any,
+    supports: list[Array],
+    due: Bool[Array, ""],
+    batch: Any,
+    micro_batches: int = 1,
+) -> Backward:
+    """Differentiates a loss with respect to slots.
+
+    Args:
+        loss_fn: (params, batch) -> (loss, tokens).
+        description: the method.
+        targets: the weights that may move, with their subspaces.
+        params: the parameters.
+        supports: for every target the support as it stands.
+        due: whether supports are to be picked by this gradient, if they are by any.
+        batch: the batch; with micro-batches their number must divide the leading axis of its arrays.
+        micro_batches: how many; supports are picked on the first, gradients are means weighed by tokens.
+
+    Raises:
+        UnsupportedUseError: the model uses a target in a way that cannot be followed.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    picks = picks_in_backward(description)
+
+    def loss_of(probes: list[Any], supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array]:
+        wrapped: list[Any] = list(leaves)
+        for target, probe, support in zip(targets, probes, supports, strict=True):
+            wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, picks)
+        if picks:
+            check_used_once(loss_fn, params, batch, targets)
+        return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
+
+    def one(supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array, list[Any]]:
+        probes = [
+            _probe(target, leaves[target.position], s, picks) for target, s in zip(targets, supports, strict=True)
+        ]
+        (loss, tokens), found = jax.value_and_grad(loss_of, has_aux=True)(probes, supports, due, batch)
+        return loss, tokens, found
+
+    if micro_batches == 1:
+        loss, tokens, found = one(supports, due, batch)
+        return _unpacked(targets, loss, tokens, found, supports, picks)
+    return _accumulated(targets, one, supports, due, batch, micro_batches, picks)
+
+
+def _accumulated(
+    targets: Sequence[ResolvedTarget],
+    one: Callable[..., tuple[Array, Array, list[Any]]],
+    supports: list[Array],
+    due: Array,
+    batch: Any,
+    micro_batches: int,
+    picks: bool,
+) -> Backward:
+    """The mean over micro-batches, each weighed by its tokens; supports are picked on the first."""
+
+    def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
+        supports, due, sums = carry
+        found = _unpacked(targets, *one(supports, due, micro_batch), supports, picks)
+        weighed = jax.tree.map(lambda leaf: leaf * found.tokens, (found.loss, found.gradients))
+        first = jax.tree.map(lambda old, new: jnp.where(due, new, old), sums[2], found.energies)
+        added = jax.tree.map(jnp.add, sums[:2], (*weighed[:1], weighed[1]))
+        return (found.supports, jnp.zeros_like(due), (*added, first, sums[3] + found.tokens)), None
+
+    split = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
+    shapes = jax.eval_shape(
+        lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), split),
+    )
+    zeros = jax.tree.map(
+        lambda shape: jnp.zeros(shape.shape, shape.dtype),
+        (shapes.loss, shapes.gradients, shapes.energies, shapes.tokens),
+    )
+    (supports, _, (loss, gradients, energies, tokens)), _ = jax.lax.scan(add, (supports, due, zeros), split)
+    count = jnp.maximum(tokens, 1)
+    means = [gradient / count for gradient in gradients]
+    return Backward(loss / count, tokens, supports, means, energies)
+
+
+def _wrap(
+    description: Description,
+    target: ResolvedTarget,
+    weight: Array,
+    probe: Any,
+    support: Array,
+    due: Array,
+    picks: bool,
+) -> Any:
+    """A weight as the model is to see it."""
+    units, view = target.subspace, target.view
+    if isinstance(units, Everything):
+        return probe
+    slots: dict[str, Any] = {"support": support, "probe": probe}
+    rule: SlotRule
+    if isinstance(units, Slices):
+        rule = SliceSlots(units)
+    elif isinstance(units, Blocks):
+        rule = BlockSlots(units.grid(view.in_size, view.out_size)[3])
+    elif picks:
+        rule = PickedSlots(view.out_size, description.score)
+        slots["due"] = jnp.broadcast_to(due, (view.stack,))
+        if "weight" in description.score.needs:
+            slots["weight"] = view.matrices(weight)
+        if "activation" in description.score.needs:
+            norms = description.given["activation"][(target.activation_of or target).path]
+            slots["activation"] = units.activations(jnp.asarray(norms), view)
+    else:
+        rule = EntrySlots(view.out_size)
+    return slotted(weight, view, slots, rule, target.path)
+
+
+def _probe(target: ResolvedTarget, weight: Array, support: Array, picks: bool) -> Any:
+    """What the loss is differentiated with respect to, for one target."""
+    units, view, dtype = target.subspace, target.view, score_dtype(weight.dtype)
+    if isinstance(units, Everything):
+        return weight
+    if isinstance(units, Coordinates | Neurons):
+        value = jnp.zeros(support.shape, dtype)
+        if not picks:
+            return value
+        return {"value": value, "row": value, "column": value, "energy": jnp.zeros((view.stack,), dtype)}
+    dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), dtype)
+    return jnp.zeros((*support.shape, *jax.eval_shape(units.cut, dense).shape[2:]), dtype)
+
+
+def _unpacked(
+    targets: Sequence[ResolvedTarget], loss: Array, tokens: Array, found: list[Any], supports: list[Array], picks: bool
+) -> Backward:
+    gradients, picked, energies = [], [], []
+    for target, support, probe in zip(targets, supports, found, strict=True):
+        if isinstance(target.subspace, Everything):
+            probe = target.subspace.cut(target.view.matrices(probe))
+        if isinstance(probe, dict):
+            place = probe["row"].astype(jnp.int32) * target.view.out_size + probe["column"].astype(jnp.int32)
+            support = place.reshape(support.shape)
+            energies.append(probe["energy"])
+            probe = probe["value"]
+        gradients.append(probe)
+        picked.append(support)
+    return Backward(loss, tokens, picked, gradients, energies if picks else None)

@@ -1,0 +1,115 @@
+"""Reading slots out of weights and writing them back in place, without a copy of any weight."""
+
+from functools import singledispatch
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Num
+
+from jaxsparse.subspaces.targets import MatrixView
+from jaxsparse.subspaces.units import Blocks, Coordinates, Everything, Neurons, Slices, Units
+
+__all__ = ["commit_slots", "entry_index", "read_slots"]
+
+
+@singledispatch
+def entry_index(units: Units, view: MatrixView, support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    """Returns the flat index in its matrix, in (in, out) order, of every slot.
+
+    Args:
+        units: the subspace.
+        view: of the weight.
+        support: the free units.
+
+    Returns:
+        An index for every slot; the matrix's size for slots that are none (a block's beyond the matrix).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> entry_index(Slices(1), MatrixView((2, 3), (0, 1), 1, 2, 3), jnp.array([[1]]))
+        Array([[[3, 4, 5]]], dtype=int32)
+    """
+    raise NotImplementedError(f"the fused engine does not know where the slots of {type(units).__name__} lie")
+
+
+@entry_index.register(Coordinates)
+@entry_index.register(Neurons)
+def _of_entries(units: Units, view: MatrixView, support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    return support
+
+
+@entry_index.register
+def _of_slices(units: Slices, view: MatrixView, support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    members = support[..., None] * units.group + jnp.arange(units.group, dtype=jnp.int32)
+    slices = members if units.group > 1 else support
+    if units.axis == "input":
+        return slices[..., None] * view.out_size + jnp.arange(view.out_size, dtype=jnp.int32)
+    return jnp.arange(view.in_size, dtype=jnp.int32) * view.out_size + slices[..., None]
+
+
+@entry_index.register
+def _of_blocks(units: Blocks, view: MatrixView, support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    rows, columns, _, across = units.grid(view.in_size, view.out_size)
+    row = (support // across * rows)[..., None, None] + jnp.arange(rows, dtype=jnp.int32)[:, None]
+    column = (support % across * columns)[..., None, None] + jnp.arange(columns, dtype=jnp.int32)
+    exists = (row < view.in_size) & (column < view.out_size)
+    return jnp.where(exists, row * view.out_size + column, view.size)
+
+
+def _lies_in_rows(units: Units, view: MatrixView) -> bool:
+    """Whether slots are whole input slices that lie together in memory."""
+    return isinstance(units, Slices) and units.axis == "input" and view.is_in_order
+
+
+def _stack(support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    return jnp.arange(support.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (support.ndim - 1))
+
+
+def read_slots(
+    units: Units, view: MatrixView, weight: Num[Array, "..."], support: Int[Array, "stack ..."]
+) -> Num[Array, "stack ..."]:
+    """Returns the entries of a weight that a support frees, (stack, units, *entries of a unit).
+
+    Args:
+        units: the subspace.
+        view: of the weight; the axes that count layers come first.
+        weight: the weight.
+        support: the free units.
+    """
+    if isinstance(units, Everything):
+        return units.cut(view.matrices(weight))
+    if _lies_in_rows(units, view):
+        return units.gather(view.matrices(weight), support)
+    index = view.place(entry_index(units, view, support))
+    return weight.reshape(view.stack, view.size).at[_stack(index), index].get(mode="fill", fill_value=0)
+
+
+def commit_slots(
+    units: Units,
+    view: MatrixView,
+    weight: Num[Array, "..."],
+    support: Int[Array, "stack ..."],
+    values: Num[Array, "stack ..."],
+) -> Num[Array, "..."]:
+    """Returns the weight with its free entries replaced; in place where the weight's memory is donated.
+
+    Args:
+        units: the subspace.
+        view: of the weight; the axes that count layers come first.
+        weight: the weight.
+        support: the free units, distinct within a matrix.
+        values: what the slots are to be, in the weight's dtype.
+    """
+    if isinstance(units, Everything):
+        return view.weight(units.join(values, view))
+    # Bits, and not numbers: XLA on CPU does not keep all narrow floats in a scatter.
+    bits = jax.lax.bitcast_convert_type(weight, f"uint{8 * weight.dtype.itemsize}")
+    new = jax.lax.bitcast_convert_type(values, bits.dtype)
+    if _lies_in_rows(units, view):
+        cut = units.cut(view.matrices(bits))
+        bits = cut.at[_stack(support), support].set(new, unique_indices=True).reshape(weight.shape)
+    else:
+        index = view.place(entry_index(units, view, support))
+        flat = bits.reshape(view.stack, view.size)
+        bits = flat.at[_stack(index), index].set(new, mode="drop", unique_indices=True).reshape(weight.shape)
+    return jax.lax.bitcast_convert_type(bits, weight.dtype)

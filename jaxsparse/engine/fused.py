@@ -1,0 +1,190 @@
+"""The fused engine: slots' gradients come out of the backward pass, and steps are written into the weights in place.
+
+It runs the descriptions that the reference engine runs, on the same state; a dense gradient, update or copy of a
+target never exists.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxsparse.engine.backward import Backward, slot_gradients
+from jaxsparse.engine.commit import commit_slots, read_slots
+from jaxsparse.engine.fusible import check_fusible, first_support
+from jaxsparse.engine.places import MatrixPlaces, leaves_of
+from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
+from jaxsparse.engine.selection import select
+from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
+from jaxsparse.select.schedules import Progress
+from jaxsparse.subspaces.targets import is_masked
+
+__all__ = ["FusedTuner", "fuse"]
+
+LossFn = Callable[[Any, Any], Any]
+
+
+def fuse(
+    loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
+) -> "FusedTuner":
+    """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
+
+    Args:
+        loss_fn: (params, batch) -> loss, or with `has_aux` (loss, aux); any Flax, Equinox or plain JAX model.
+        method: the result of a constructor with an inner optimizer.
+        has_aux: whether the loss comes with auxiliary output. If that is a dict with "tokens", it weighs micro-batches
+            against each other.
+        accumulate: micro-batches per optimizer step; the leading axis of every array of a batch is split so. Supports
+            are picked on the first.
+
+    Returns:
+        The tuner.
+
+    Raises:
+        TypeError: `method` is no result of a constructor, or has no inner optimizer.
+        InputError: the method runs in the reference engine only.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import jaxsparse as js
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params["kernel"]) ** 2)
+        >>> tuner = js.fuse(loss_fn, js.gasdu(optax.sgd(0.1), density=0.5, targets="kernel"))
+        >>> state = tuner.init({"kernel": jnp.ones((3, 2))})
+        >>> state, metrics = tuner.step(state, jnp.ones((2, 3)))
+        >>> float(metrics.loss)
+        9.0
+        >>> tuner.params(state)["kernel"].shape
+        (3, 2)
+    """
+    return FusedTuner(loss_fn, method, has_aux=has_aux, accumulate=accumulate)
+
+
+class FusedTuner:
+    """Trains a model by a method; made by `js.fuse`.
+
+    `step` is one jitted function that donates its state: keep no reference to an old state. It serves steps that pick a
+    support and steps that do not.
+
+    Args:
+        loss_fn: as in `fuse`.
+        method: as in `fuse`.
+        has_aux: as in `fuse`.
+        accumulate: as in `fuse`.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        method: optax.GradientTransformation,
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+    ) -> None:
+        self.method = check_method(method)
+        self.description = check_fusible(self.method.description)
+        self.loss_fn, self.accumulate = _with_tokens(loss_fn, has_aux), accumulate
+        self.step = jax.jit(self._step, donate_argnums=0)
+
+    def init(self, params: Any, *, donate: bool = False) -> TunerState:
+        """Returns the state to start from; supports that do not wait for a gradient are picked here.
+
+        Args:
+            params: the model's parameters.
+            donate: let the first step take the parameters' memory; they cannot be used afterwards. By default
+                they are copied.
+        """
+        targets = self.description.resolve(params)
+        places = MatrixPlaces(targets, jax.tree.structure(params, is_leaf=is_masked))
+        supports = [jnp.copy(support) for support in first_support(self.description, params)]
+        shapes = jax.eval_shape(partial(_read, targets), params, supports)
+        state = fresh_state(self.description, places.spread(supports), places.spread(shapes))
+        return TunerState(params if donate else jax.tree.map(jnp.copy, params), state)
+
+    def params(self, state: TunerState) -> Any:
+        """Returns the model's parameters."""
+        return state.params
+
+    def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
+        description, method = self.description, state.method
+        targets = description.resolve(state.params)
+        places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
+        due = description.schedule.due(method.progress)
+        supports = leaves_of(targets, self._drawn(places, method, due))
+        backward = slot_gradients(
+            self.loss_fn, description, targets, state.params, supports, due, batch, self.accumulate
+        )
+        support, gradients = places.spread(backward.supports), places.spread(backward.gradients)
+        weights = places.spread(_read(targets, state.params, backward.supports))
+        carried = carry_over(description, places, method, due, support, weights)
+        moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
+
+        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((gradients, moves))], bool).all()
+        progress = advance(method.progress, due, *_retention(method.progress, backward, due))
+        taken = method._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
+        skipped = method.progress._replace(skipped=method.progress.skipped + 1)
+        after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
+
+        leaves, structure = jax.tree.flatten(state.params)
+        for target, units, weight, move in zip(
+            targets, backward.supports, leaves_of(targets, weights), leaves_of(targets, moves), strict=True
+        ):
+            # Where nothing moves the weight keeps its bits.
+            new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
+            leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], units, new)
+        metrics = StepMetrics(
+            loss=backward.loss,
+            tokens=backward.tokens,
+            retention=after.progress.retention,
+            retention_mean=after.progress.retention_mean,
+            refreshed=due & finite,
+            skipped=after.progress.skipped,
+        )
+        return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
+
+    def _drawn(self, places: MatrixPlaces, method: Any, due: Array) -> Any:
+        """The support of this step, drawn afresh if that is due and the score is of unit numbers alone."""
+        description = self.description
+        if description.score.draw is None or description.given.get("support") is not None:
+            return method.support
+        views = [target.view for target in places.targets]
+        shapes: Any = [jax.ShapeDtypeStruct((v.stack, v.in_size, v.out_size), jnp.float32) for v in views]
+        turn = method.progress.refreshes
+        return jax.lax.cond(
+            due, lambda old: select(description, places, old, shapes, [], turn), lambda old: old, method.support
+        )
+
+
+def _with_tokens(loss_fn: LossFn, has_aux: bool) -> LossFn:
+    """The loss as (loss, number of target tokens); 1 where nobody says how many."""
+
+    def with_tokens(params: Any, batch: Any) -> tuple[Array, Array]:
+        loss, aux = loss_fn(params, batch) if has_aux else (loss_fn(params, batch), None)
+        tokens = aux["tokens"] if isinstance(aux, dict) and "tokens" in aux else 1
+        return loss, jnp.asarray(tokens, jnp.float32)
+
+    return with_tokens
+
+
+def _read(targets: Any, params: Any, supports: Any) -> list[Array]:
+    leaves = jax.tree.leaves(params)
+    return [
+        read_slots(target.subspace, target.view, leaves[target.position], support)
+        for target, support in zip(targets, supports, strict=True)
+    ]
+
+
+def _retention(progress: Progress, backward: Backward, due: Array) -> tuple[Array, Array]:
+    """Measured on steps that stream over the gradient; between them the last measurement stands."""
+    if backward.energies is None:
+        return progress.retention, progress.retention_mean
+    kept = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), axis=1) for g in backward.gradients]
+    parts, whole = jnp.concatenate(kept), jnp.concatenate(backward.energies)
+    ratio = jnp.where(whole == 0, 1, parts / jnp.where(whole == 0, 1, whole)).astype(jnp.float32)
+    total = jnp.sum(whole)
+    overall = jnp.where(total == 0, 1, jnp.sum(parts) / jnp.where(total == 0, 1, total)).astype(jnp.float32)
+    return jnp.where(due, overall, progress.retention), jnp.where(due, jnp.mean(ratio), progress.retention_mean)

@@ -1,0 +1,61 @@
+"""What the fused engine can run, and the supports that it starts from."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.engine.backward import picks_in_backward
+from jaxsparse.engine.description import Description
+from jaxsparse.engine.places import leaves_of
+from jaxsparse.engine.selection import select
+from jaxsparse.select.schedules import Once
+from jaxsparse.subspaces.units import Coordinates
+
+__all__ = ["check_fusible", "first_support"]
+
+
+def check_fusible(description: Any) -> Description:
+    """Returns a description that the fused engine can run.
+
+    Raises:
+        InputError: it cannot, and why.
+    """
+    if not isinstance(description, Description):
+        raise InputError(f"{description.name} runs in the reference engine only: use js.ReferenceTuner")
+    if description.calibration_steps:
+        raise InputError(
+            f"{description.name} with calibration_steps={description.calibration_steps} sums dense gradients; the "
+            "fused engine has none: pick the support by js.calibrate and give it by js.with_support"
+        )
+    picks_once = isinstance(description.schedule, Once) or description.given.get("support") is not None
+    if description.score.entries is not None and not picks_in_backward(description) and not picks_once:
+        raise InputError(
+            f"{description.name}: the fused engine picks by {description.score.name} once; picking again by it is left "
+            "to the reference engine"
+        )
+    return description
+
+
+def first_support(description: Description, params: Any) -> list[Array]:
+    """Returns, for every target, the support before the first step: picked, if that needs no gradient.
+
+    Raises:
+        InputError: the support waits for a gradient in a way that the backward pass cannot pick by.
+    """
+    places, empty, _ = description.start(params)
+    if picks_in_backward(description):
+        wrong = [t.path for t in places.targets if not isinstance(t.subspace, Coordinates)]
+        if wrong or description.scope == "global":
+            raise InputError(
+                f"{description.name} picks by {description.score.name} over "
+                f"{'all matrices' if description.scope == 'global' else type(places.targets[0].subspace).__name__}, "
+                "which one backward pass cannot; pick the support by js.calibrate and give it by js.with_support"
+            )
+        return leaves_of(places.targets, empty)
+    weights = [t.view.matrices(jax.tree.leaves(params)[t.position]) for t in places.targets]
+    shapes: Any = [jax.ShapeDtypeStruct(weight.shape, jnp.float32) for weight in weights]
+    support = select(description, places, empty, shapes, weights, jnp.zeros([], jnp.int32))
+    return leaves_of(places.targets, support)

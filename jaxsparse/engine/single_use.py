@@ -1,0 +1,128 @@
+"""Whether every matrix of a weight enters one product only, so that what comes back from it is never a sum.
+
+Supports that are picked inside the backward pass come back as places and values: sums of places mean nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxsparse.engine.slotted import UnsupportedUseError
+from jaxsparse.subspaces.targets import ResolvedTarget
+
+__all__ = ["check_used_once"]
+
+_SAME = {
+    primitives.convert_element_type_p,
+    primitives.copy_p,
+    primitives.reduce_precision_p,
+    primitives.reshape_p,
+    primitives.sharding_constraint_p,
+    primitives.stop_gradient_p,
+    primitives.transpose_p,
+}
+_MANY = 2
+
+# What a variable holds of a weight: for every place along its axes that count layers, which layers may lie there;
+# booleans (..., layers).
+_Held = np.ndarray
+
+
+def check_used_once(loss_fn: Callable[..., Any], params: Any, batch: Any, targets: Sequence[ResolvedTarget]) -> None:
+    """Raises an error that names the first weight of which a loss uses a matrix more than once.
+
+    Args:
+        loss_fn: (params, batch) -> anything.
+        params: the parameters, or their shapes.
+        batch: a batch, or its shapes.
+        targets: the weights in question; the axes that count layers come first.
+
+    Raises:
+        UnsupportedUseError: a matrix enters several products, or the same one in every turn of a loop.
+    """
+    jaxpr = jax.make_jaxpr(loss_fn)(params, batch).jaxpr
+    for target in targets:
+        view = target.view
+        layers = np.eye(view.stack, dtype=bool).reshape(*view.shape[: view.layer_axes], view.stack)
+        if _uses(jaxpr, {jaxpr.invars[target.position]: layers}).max() >= _MANY:
+            raise UnsupportedUseError(
+                target.path, "several products with one matrix while its support is picked by the gradient"
+            )
+
+
+def _uses(jaxpr: core.Jaxpr, held: dict[Any, _Held]) -> np.ndarray:
+    """How many products the matrix of every layer enters, given which variables hold the weight."""
+    held = dict(held)
+    counts = np.zeros(next(iter(held.values())).shape[-1] if held else 1, int)
+    for equation in jaxpr.eqns:
+        operands = [None if isinstance(v, core.Literal) else held.get(v) for v in equation.invars]
+        first = next((operand for operand in operands if operand is not None), None)
+        if first is None:
+            continue
+        axes, params = first.ndim - 1, equation.params
+        if equation.primitive in _SAME:
+            held[equation.outvars[0]] = first
+        elif equation.primitive is lax.optimization_barrier_p:
+            held.update((o, h) for o, h in zip(equation.outvars, operands, strict=True) if h is not None)
+        elif equation.primitive is primitives.squeeze_p:
+            gone = tuple(axis for axis in params["dimensions"] if axis < axes)
+            held[equation.outvars[0]] = np.squeeze(first, gone)
+        elif equation.primitive is primitives.slice_p:
+            strides = params["strides"] or [1] * len(params["start_indices"])
+            limits = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+            held[equation.outvars[0]] = first[tuple(slice(*limit) for limit in list(limits)[:axes])]
+        elif equation.primitive is primitives.dynamic_slice_p:
+            # Any of the layers, as far as one can tell.
+            anywhere = _anywhere(first)
+            held[equation.outvars[0]] = np.broadcast_to(anywhere, (*params["slice_sizes"][:axes], len(anywhere)))
+        else:
+            counts += _uses_inside(equation, operands, _anywhere(first))
+    return counts
+
+
+def _anywhere(held: _Held) -> np.ndarray:
+    """The layers that a variable may hold."""
+    return np.asarray(held.reshape(-1, held.shape[-1]).any(axis=0))
+
+
+def _uses_inside(equation: Any, operands: list[_Held | None], layers: np.ndarray) -> np.ndarray:
+    """The uses by an equation that does more than change a layout; `layers` are those of its first such operand."""
+    params = equation.params
+
+    def within(jaxpr: Any, values: Sequence[_Held | None]) -> np.ndarray:
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        known = {v: held for v, held in zip(inner.invars, values, strict=True) if held is not None}
+        return _uses(inner, known) if known else np.zeros(len(layers), int)
+
+    if equation.primitive is primitives.scan_p:
+        constants, carried, scanned = _scan_groups(params, operands)
+        nothing = [None] * len(carried)
+        # A turn sees one layer, and the turns together each once; what does not change is used in every turn.
+        rows = [None if held is None else held.any(axis=0) for held in scanned]
+        turn = within(params["jaxpr"], [*[None] * len(constants), *nothing, *rows])
+        return turn + _MANY * within(params["jaxpr"], [*constants, *nothing, *[None] * len(scanned)])
+    if equation.primitive is primitives.while_p:
+        conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
+        rest = [None] * (len(operands) - conditions - bodies)
+        body = within(params["body_jaxpr"], [*operands[conditions : conditions + bodies], *rest])
+        return _MANY * (body + within(params["cond_jaxpr"], [*operands[:conditions], *rest]))
+    if equation.primitive is primitives.cond_p:
+        return np.max([within(branch, operands[1:]) for branch in params["branches"]], axis=0)
+    for name in ("jaxpr", "call_jaxpr"):
+        if name in params:
+            return within(params[name], operands)
+    return layers.astype(int)
+
+
+def _scan_groups(params: dict[str, Any], operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Constants, carry and scanned operands."""
+    if "ft_in" in params:  # jax 0.11 and later
+        constants, carried, scanned = (list(group.vals) for group in params["ft_in"].update(operands).unpack())
+        return constants, carried, scanned
+    ends = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return operands[: ends[0]], operands[ends[0] : ends[1]], operands[ends[1] :]

@@ -1,0 +1,1 @@
+"""The largest entries of a product of two matrices, without the product."""

@@ -1,0 +1,49 @@
+"""The k largest entries of x.T @ dy."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
+from jaxtyping import Array, Float
+
+__all__ = ["GradientTopK", "gradient_topk"]
+
+
+def _magnitude(tile: Array, first: Array) -> Array:
+    return jnp.abs(tile)
+
+
+def gradient_topk(
+    x: Float[Array, "tokens inputs"],
+    dy: Float[Array, "tokens outputs"],
+    k: int,
+    *,
+    score: Callable[[Array, Array], Array] = _magnitude,
+) -> GradientTopK:
+    """Returns the k entries of x.T @ dy that are largest in magnitude; the product never exists as a whole.
+
+    Exact; ties go to the lowest flat index, and NaN counts as larger than any number, as in `lax.top_k`.
+
+    Args:
+        x: activations.
+        dy: cotangents of the outputs, of the same tokens.
+        k: how many, between 1 and inputs * outputs.
+        score: what is largest instead: from a tile (rows, outputs) of the product and its first row to scores.
+
+    Returns:
+        Rows, columns and values in promote_types(x and dy, float32), best first, and the sum of squares of all entries.
+
+    Raises:
+        ValueError: shapes do not fit, or k is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> best = gradient_topk(jnp.eye(2), jnp.array([[1.0, -5.0], [3.0, 2.0]]), 2)
+        >>> best.rows, best.columns, best.values
+        (Array([0, 1], dtype=int32), Array([1, 0], dtype=int32), Array([-5.,  3.], dtype=float32))
+    """
+    if x.shape[0] != dy.shape[0]:
+        raise ValueError(f"x and dy must have the same tokens, got shapes {x.shape} and {dy.shape}")
+    if not 1 <= k <= x.shape[1] * dy.shape[1]:
+        raise ValueError(f"k must lie between 1 and {x.shape[1]} * {dy.shape[1]}, got {k}")
+    return gradient_topk_reference(x, dy, k, score)

@@ -1,0 +1,65 @@
+"""The largest entries of a product in plain XLA: a pool of the best so far, merged with every tile's best."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
+from jaxtyping import Array, Float, Int
+
+__all__ = ["GradientTopK", "gradient_topk_reference"]
+
+
+class GradientTopK(NamedTuple):
+    """The largest entries of x.T @ dy.
+
+    Attributes:
+        rows: their rows, best first, ties to the lowest flat index.
+        columns: their columns.
+        values: the entries.
+        squared_norm: sum of squares of all entries.
+    """
+
+    rows: Int[Array, " k"]
+    columns: Int[Array, " k"]
+    values: Float[Array, " k"]
+    squared_norm: Float[Array, ""]
+
+
+class _Pool(NamedTuple):
+    """The best entries so far; `score` is -inf where there is none yet."""
+
+    score: Array
+    index: Array
+    value: Array
+    squared_norm: Array
+
+
+def gradient_topk_reference(
+    x: Float[Array, "tokens inputs"],
+    dy: Float[Array, "tokens outputs"],
+    k: int,
+    score: Callable[[Array, Array], Array],
+) -> GradientTopK:
+    """Returns the k entries of x.T @ dy with the largest scores."""
+    inputs, outputs = x.shape[1], dy.shape[1]
+    dtype = accumulation_dtype(x, dy)
+    flat = jax.eval_shape(score, jax.ShapeDtypeStruct((1, outputs), dtype), jax.ShapeDtypeStruct((), jnp.int32))
+    start = _Pool(jnp.full(k, -jnp.inf, flat.dtype), jnp.zeros(k, jnp.int32), jnp.zeros(k, dtype), jnp.zeros((), dtype))
+
+    def merge(pool: _Pool, tile: Array, first: Array) -> _Pool:
+        is_row = (first + jnp.arange(tile.shape[0]) < inputs)[:, None]
+        # Rows that fill up the last tile never win: k entries exist without them.
+        scores = jnp.where(is_row, score(tile, first), -jnp.inf).reshape(-1)
+        best, at = jax.lax.top_k(scores, min(k, scores.shape[0]))
+        _, chosen = jax.lax.top_k(jnp.concatenate([pool.score, best]), k)
+        return _Pool(
+            jnp.concatenate([pool.score, best])[chosen],
+            jnp.concatenate([pool.index, first * outputs + at])[chosen],
+            jnp.concatenate([pool.value, tile.reshape(-1)[at]])[chosen],
+            pool.squared_norm + jnp.sum(jnp.square(tile)),
+        )
+
+    pool = scan_tiles(x, dy, merge, start)
+    return GradientTopK(pool.index // outputs, pool.index % outputs, pool.value, pool.squared_norm)

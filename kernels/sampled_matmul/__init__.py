@@ -1,0 +1,1 @@
+"""Entries of a product of two matrices, without the product."""
