@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,8 +53,8 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """Makes the model of `tiny_model`; a function, so that other processes can too."""
+def make_tiny_model(folder: Path, **options: Any) -> Path:
+    """Makes the model of `tiny_model`, but for options; a function, so that other processes can too."""
     texts = [row.instruction + " " + row.answer for row in generate_problems(500, split="train", seed=0)]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,6 +77,7 @@ def make_tiny_model(folder: Path) -> Path:
         head_dim=8,
         tie_word_embeddings=True,
         max_position_embeddings=256,
+        **options,
     )
     params = LanguageModel(config).init(jax.random.key(0))
     save(folder, config, params, tokenizer, "tiny")

@@ -19,7 +19,8 @@ class Row:
 
     Attributes:
         constructor: takes the inner optimizer first, then keywords.
-        options: keywords for every test, targets excluded; they fit matrices of 2 x 3 and 5 x 2.
+        options: keywords for every test, targets excluded; they fit matrices of 2 x 3 and 5 x 2, of which the latter
+            may be five layers of vectors.
         converging: options under which the method reaches any optimum, since its mask reaches every entry; None:
             there are none.
         looks: first steps that change nothing.
@@ -27,6 +28,7 @@ class Row:
         targets: all matrices, unless the method asks for more than a pattern.
         filled: slots may be filled up with entries that are no weights.
         slots: how many numbers a matrix of (in, out) trains; None: one for every weight that moves.
+        dense: all targets move as a whole.
         mirrors: the fields of the state that mirror the parameters.
         rounds: `init` warns that weights narrower than float32 round its steps away.
     """
@@ -39,6 +41,7 @@ class Row:
     targets: Any = ".*"
     filled: bool = False
     slots: Callable[[int, int], int] | None = None
+    dense: bool = False
     mirrors: tuple[str, ...] = ("support", "master")
     rounds: bool = False
 
@@ -61,6 +64,15 @@ class Row:
 
 # Updates of low-rank methods are dense, and what trains are the factors.
 LowRankRow = partial(Row, slots=lambda inputs, outputs: inputs + outputs, mirrors=("factors", "norms"), rounds=True)
+
+# Two parts side by side: what lies outside the stack of layers, and the layers drawn.
+LISA_ROW = Row(
+    js.lisa,
+    {"layers": 2, "every": 2},
+    {"layers": 5, "every": 40},
+    mirrors=tuple(f"{part}.{name}" for part in ("outside", "drawn") for name in ("support", "master")),
+    moments=lambda state: [(adam.mu, adam.nu) for adam in (state.outside.inner[0], state.drawn.inner[0])],
+)
 
 ROWS = [
     Row(
@@ -88,6 +100,9 @@ ROWS = [
         targets=[js.Target(".*", subspace=js.subspaces.Slices(1))],
     ),
     Row(js.c_paca, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 40}),
+    Row(js.full, {}, {}, dense=True),
+    Row(js.bitfit, {}, {}, dense=True),
+    LISA_ROW,
     LowRankRow(js.lora, {"rank": 1}, {"rank": 2}),
     LowRankRow(js.lora_plus, {"rank": 1, "ratio": 16.0}),
     LowRankRow(js.cola, {"rank": 1, "chain_every": 2}, {"rank": 2, "chain_every": 200}),

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsparse.cli.main import main
 from jaxsparse.methods.registry import METHODS
+from tests.conftest import make_tiny_model
 
 OPTIONS = {
     **dict.fromkeys(("gasdu", "fixed_mask", "sift", "gallop"), ("--density", "0.02")),
@@ -15,6 +16,7 @@ OPTIONS = {
     **dict.fromkeys(("lora", "lora_plus", "asym_lora", "dora", "lora_ga", "lora_one"), ("--rank", "2")),
     **dict.fromkeys(("cola", "rac_lora"), ("--rank", "2", "--chain-every", "5")),
     "shira": ("--rank", "1"),
+    "lisa": ("--layers", "1", "--every", "5"),
     "s2ft": ("--output", "0.25", "--down", "0.1"),
     "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
 }
@@ -27,7 +29,10 @@ def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
     method: str, tiny_model: Path, problems: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = {"model": tiny_model, "data": problems["train"], "out": out, "method": method, "steps": 12, "lr": 0.02}
+    model = tiny_model
+    if method == "bitfit":  # the other has no biases
+        model = make_tiny_model(tmp_path / "biased", attention_bias=True, mlp_bias=True)
+    flags = {"model": model, "data": problems["train"], "out": out, "method": method, "steps": 12, "lr": 0.02}
     flags |= {"batch": 8, "max-length": 128, "template": "plain"}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     assert main(["finetune", *given, *OPTIONS.get(method, ())]) == 0
