@@ -31,6 +31,8 @@ class Row:
         dense: all targets move as a whole.
         mirrors: the fields of the state that mirror the parameters.
         rounds: `init` warns that weights narrower than float32 round its steps away.
+        own: the constructor brings its own optimizer, and takes a learning rate where others take one.
+        moments: the mean and the mean square of an Adam that has run.
     """
 
     constructor: Callable[..., Any]
@@ -44,6 +46,8 @@ class Row:
     dense: bool = False
     mirrors: tuple[str, ...] = ("support", "master")
     rounds: bool = False
+    own: bool = False
+    moments: Callable[[Any], Any] = lambda state: (state.inner[0].mu, state.inner[0].nu)
 
     @property
     def name(self) -> str:
@@ -117,5 +121,13 @@ ROWS = [
         {"blocks": 5, "calibration_steps": 1},
         looks=1,
         filled=True,
+    ),
+    Row(
+        js.spiel,
+        {"density": 0.5, "budget": None, "total_steps": 30, "reselect_every": 3, "accumulation_steps": 2},
+        {"density": 1.0},
+        mirrors=("support", "delta", "base", "optimizer", "candidates", "left"),
+        own=True,
+        moments=lambda state: (state.optimizer.mean, state.optimizer.square),
     ),
 ]
