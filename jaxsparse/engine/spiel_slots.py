@@ -35,22 +35,21 @@ def step(
         The new state, and what to add to the matrix.
     """
     flat = weight.reshape(-1)
-    weights = flat[old.support]
+    index = jnp.concatenate([old.support, old.left.index])
+    before = flat.at[index].get(mode="fill", fill_value=0)
+    weights = before[: old.support.size]
     # Where a weight is not what its delta says, somebody else has moved it: the delta adopts the weight.
     as_said = _tuned(old) == weights
     delta = jnp.where(as_said, old.delta, weights.astype(old.delta.dtype) - old.base.astype(old.delta.dtype))
     trained = _trained(method, now, old._replace(delta=delta), gradient.shape[1], slot_gradient)
     if method.grow == "AG":
-        watched = jax.lax.cond(now.watches, partial(_watch, now), lambda c, _: c, old.candidates, gradient.reshape(-1))
-        trained = trained._replace(candidates=watched)
+        trained = trained._replace(candidates=_watched(now, old.candidates, gradient.reshape(-1)))
     nothing_left = jnp.full_like(old.left.index, flat.size)
     settled = trained._replace(left=old.left._replace(index=nothing_left))
     new = jax.lax.cond(now.reselects, partial(_reselect, method, now), lambda matrix, _: matrix, settled, flat)
 
     # What is left goes back to its base, now and, where that missed it, once more at the next step.
     landed = jnp.where(new.left.index == old.support, old.base, _tuned(trained))
-    index = jnp.concatenate([old.support, old.left.index])
-    before = flat.at[index].get(mode="fill", fill_value=0)
     after = jnp.concatenate([landed, old.left.base])
     wide = delta.dtype
     changes = jnp.where(after == before, NOTHING, after.astype(wide) - before.astype(wide))
@@ -67,12 +66,11 @@ def _trained(method: Spiel, now: Now, matrix: Matrix, out_size: int, gradient: F
     """The deltas and the optimizer's state after a step of Adam or SM3."""
     optimizer: Any = matrix.optimizer
     if method.grow == "AG":
-        age = optimizer.age + 1
-        mean = method.b1 * optimizer.mean + (1 - method.b1) * gradient
-        square = method.b2 * optimizer.square + (1 - method.b2) * jnp.square(gradient)
-        denominator = jnp.sqrt(square / (1 - method.b2**age)) + method.epsilon
+        age, b1, b2 = optimizer.age + 1, *_decays(method, gradient.dtype)
+        mean = b1 * optimizer.mean + (1 - b1) * gradient
+        square = b2 * optimizer.square + (1 - b2) * jnp.square(gradient)
         new: Any = Adam(age, mean, square)
-        direction = mean / (1 - method.b1**age) / denominator
+        direction = mean / (1 - b1**age) / (jnp.sqrt(square / (1 - b2**age)) + method.epsilon)
     else:
         rows, columns = jnp.divmod(matrix.support, out_size)
         square = jnp.minimum(optimizer.inputs[rows], optimizer.outputs[columns]) + jnp.square(gradient)
@@ -88,15 +86,20 @@ def _like(values: Any, others: Any) -> Any:
     return jax.tree.map(lambda value, other: value.astype(other.dtype), values, others)
 
 
-def _watch(now: Now, old: Candidates, gradient: Float[Array, " size"]) -> Candidates:
-    """The candidates with this step's gradient; the first accumulation step chooses them."""
+def _decays(method: Spiel, dtype: Any) -> tuple[Array, Array]:
+    """Adam's decays as arrays, so that 1 - b and 1 - b^age round alike."""
+    return jnp.asarray(method.b1, dtype), jnp.asarray(method.b2, dtype)
+
+
+def _watched(now: Now, old: Candidates, gradient: Float[Array, " size"]) -> Candidates:
+    """The candidates with this step's gradient, if it is watched; the first accumulation step chooses them."""
 
     def choose(old: Candidates) -> Candidates:
         largest = jax.lax.top_k(jnp.abs(gradient), old.index.size)[1]
         return Candidates(largest, jnp.zeros_like(old.gradient), jnp.zeros_like(old.square))
 
     chosen = jax.lax.cond(now.begins, choose, lambda old: old, old)
-    seen = gradient[chosen.index]
+    seen = jnp.where(now.watches, gradient[chosen.index], 0)
     return chosen._replace(gradient=chosen.gradient + seen, square=chosen.square + jnp.square(seen))
 
 
@@ -107,33 +110,31 @@ class _Pool(NamedTuple):
         entry: flat indices, (k,).
         score: -inf for entries that may not grow.
         slot: the slot that holds the entry; k where none does.
-        source: number of the candidate.
+        candidate: the entry's number among the candidates.
     """
 
     entry: Int[Array, " k"]
     score: Float[Array, " k"]
     slot: Int[Array, " k"]
-    source: Int[Array, " k"]
+    candidate: Int[Array, " k"]
 
 
-def _watched_pool(matrix: Matrix, dropped: Bool[Array, " k"]) -> _Pool:
+def _watched_pool(matrix: Matrix, dropped: Bool[Array, " k"], size: int) -> _Pool:
     """AG: the candidates by |sum of their gradients|, without the slots that survive."""
-    index, k = matrix.candidates.index, matrix.support.size
-    by_index = jnp.argsort(matrix.support)
-    nearest = jnp.minimum(jnp.searchsorted(matrix.support[by_index], index), k - 1)
-    slot = by_index[nearest]
-    held = matrix.support[slot] == index
-    score = jnp.where(held & ~dropped[slot], -jnp.inf, jnp.abs(matrix.candidates.gradient))
-    score, best = jax.lax.top_k(score, k)
-    return _Pool(index[best], score, jnp.where(held, slot, k)[best], best)
+    entry, k = matrix.candidates.index, matrix.support.size
+    slot_of = jnp.full(size, k, jnp.int32).at[matrix.support].set(jnp.arange(k, dtype=jnp.int32))
+    slot = slot_of[entry]
+    survives = ~dropped.at[slot].get(mode="fill", fill_value=True)
+    score, best = jax.lax.top_k(jnp.where(survives, -jnp.inf, jnp.abs(matrix.candidates.gradient)), k)
+    return _Pool(entry[best], score, slot[best], best)
 
 
 def _approximated_pool(matrix: Matrix) -> _Pool:
     """MA: entries outside the support by the product of SM3's accumulators; its root, lest it underflow."""
     k = matrix.support.size
     score = jnp.sqrt(matrix.optimizer.inputs)[:, None] * jnp.sqrt(matrix.optimizer.outputs)
-    score, index = jax.lax.top_k(score.reshape(-1).at[matrix.support].set(-jnp.inf), k)
-    return _Pool(index, score, jnp.full_like(index, k), jnp.arange(k))
+    score, entry = jax.lax.top_k(score.reshape(-1).at[matrix.support].set(-jnp.inf), k)
+    return _Pool(entry, score, jnp.full_like(entry, k), jnp.arange(k))
 
 
 def _reselect(method: Spiel, now: Now, matrix: Matrix, weight: Float[Array, " size"]) -> Matrix:
@@ -142,39 +143,34 @@ def _reselect(method: Spiel, now: Now, matrix: Matrix, weight: Float[Array, " si
     What would be dropped and grown at once stays as it is. Where the pool has fewer entries, the larger of the deltas
     that would be dropped stay too.
     """
-    k = matrix.support.size
-    numbers = jnp.arange(k)
-    drops = jnp.floor(k * now.share).astype(jnp.int32)
-    order = jnp.argsort(jnp.abs(matrix.delta))
-    rank = jnp.zeros_like(order).at[order].set(numbers)
+    k, drops = matrix.support.size, jnp.floor(matrix.support.size * now.share).astype(jnp.int32)
+    by_size = jnp.argsort(jnp.abs(matrix.delta))
+    rank = jnp.argsort(by_size)
     dropped = rank < drops
-    pool = _watched_pool(matrix, dropped) if method.grow == "AG" else _approximated_pool(matrix)
-    grown = (numbers < drops) & (pool.score > -jnp.inf)
-    stays = jnp.zeros(k, bool).at[jnp.where(grown, pool.slot, k)].set(True, mode="drop")
-    leavers = jnp.argsort(jnp.where(dropped & ~stays, rank, k))
-    joins = grown & (pool.slot == k)
-    joiners = jnp.argsort(jnp.where(joins, numbers, k))
-    exchanged = numbers < jnp.sum(joins)
+    pool = _watched_pool(matrix, dropped, weight.size) if method.grow == "AG" else _approximated_pool(matrix)
+    grows = (jnp.arange(k) < drops) & (pool.score > -jnp.inf)
+    joins = grows & (pool.slot == k)
+    leaves = dropped.at[jnp.where(grows, pool.slot, k)].set(False, mode="drop")
+    # The first to leave makes room for the first to join, and so on, until there is nobody left to join.
+    turn = jnp.cumsum(leaves[by_size])[rank] - 1
+    leaves &= turn < jnp.sum(joins)
+    joiner = jnp.argsort(~joins)[turn]
+    entry = pool.entry[joiner]
 
     def exchange(values: Array, newcomers: Any) -> Array:
-        """Values of slots, with newcomers' (in the pool's order) in place of leavers'."""
-        put = jnp.where(exchanged, jnp.broadcast_to(newcomers, (k,))[joiners], values[leavers])
-        return values.at[leavers].set(put.astype(values.dtype), unique_indices=True)
+        return jnp.where(leaves, newcomers, values).astype(values.dtype)
 
     new = matrix._replace(
-        support=exchange(matrix.support, pool.entry),
-        delta=exchange(matrix.delta, 0.0),
-        base=exchange(matrix.base, weight[pool.entry]),
-        left=Left(jnp.where(exchange(jnp.zeros(k, bool), True), matrix.support, weight.size), matrix.base),
+        support=exchange(matrix.support, entry),
+        delta=exchange(matrix.delta, 0),
+        base=exchange(matrix.base, weight[entry]),
+        left=Left(jnp.where(leaves, matrix.support, weight.size), matrix.base),
     )
     if method.grow == "MA":
         return new
-    age, seen = method.accumulation_steps, matrix.candidates
+    age, old, seen, of = method.accumulation_steps, matrix.optimizer, matrix.candidates, pool.candidate[joiner]
+    b1, b2 = _decays(method, old.mean.dtype)
     # So biased, a newcomer's moments are means of its gradients once Adam corrects them for its age.
-    mean, square = (
-        total[pool.source] / age * (1 - decay**age)
-        for total, decay in ((seen.gradient, method.b1), (seen.square, method.b2))
-    )
-    old = matrix.optimizer
-    seeded = Adam(exchange(old.age, age), exchange(old.mean, mean), exchange(old.square, square))
-    return new._replace(optimizer=seeded)
+    mean = exchange(old.mean, seen.gradient[of] / age * (1 - b1**age))
+    square = exchange(old.square, seen.square[of] / age * (1 - b2**age))
+    return new._replace(optimizer=Adam(exchange(old.age, age), mean, square))

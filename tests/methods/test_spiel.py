@@ -83,9 +83,7 @@ class Peer:
 
 
 @pytest.mark.parametrize(
-    ("grow", "more"),
-    [("AG", {}), ("AG", {"decay": "cosine", "weight_decay": 0.3, "clip": 0.5}), ("MA", {})],
-    ids=["AG", "AG, all options", "MA"],
+    ("grow", "more"), [("AG", {"weight_decay": 0.3, "clip": 0.5}), ("MA", {"decay": "cosine"})], ids=["AG", "MA"]
 )
 def test_follows_its_paper(grow: str, more: dict[str, Any], rng: np.random.Generator) -> None:
     features, goal = rng.normal(size=(4, INPUTS)), rng.normal(size=(LAYERS, 4, OUTPUTS))
@@ -144,7 +142,7 @@ def bits(array: Any) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-@pytest.mark.parametrize(("grow", "dtype"), [("AG", jnp.float32), ("AG", jnp.bfloat16), ("MA", jnp.float32)])
+@pytest.mark.parametrize(("grow", "dtype"), [("AG", jnp.float32), ("MA", jnp.bfloat16)])
 def test_dropped_coordinates_are_back_at_their_base_bit_for_bit(
     grow: str, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -201,11 +199,12 @@ def test_ages_do_not_stall_under_bf16_weights() -> None:
 def test_with_every_entry_free_it_is_adam(rng: np.random.Generator) -> None:
     """All that is dropped grows again at once, and so stays."""
     params = {"k": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
+    gradients = jnp.asarray(rng.normal(size=(20, 6, 5)), jnp.float32)
     results = []
     for tx in (js.spiel(0.05, targets="k", **{**OPTIONS, "density": 1.0}), optax.adam(0.05)):
         current, state, update = params, tx.init(params), jax.jit(tx.update)
-        for step in range(20):
-            updates, state = update({"k": jnp.sin(current["k"] * (step + 1))}, state, current)
+        for gradient in gradients:
+            updates, state = update({"k": gradient}, state, current)
             current = optax.apply_updates(current, updates)
         results.append(current["k"])
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ OPTIONS = {
     "lisa": ("--layers", "1", "--every", "5"),
     "s2ft": ("--output", "0.25", "--down", "0.1"),
     "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
+    "spiel": ("--reselect-every", "4", "--accumulation-steps", "2"),
 }
 # These move every weight of a target by fewer numbers.
 DENSE_UPDATES = {"lora", "lora_plus", "cola", "asym_lora", "rac_lora", "dora", "lora_ga", "lora_one"}
