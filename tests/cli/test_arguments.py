@@ -48,6 +48,13 @@ def test_files_hold_every_kind_of_value_and_flags_win(tmp_path: Path) -> None:
     assert (config.run.steps, config.chosen_method.density) == (4, 0.5)
 
 
+@pytest.mark.parametrize("every", [7, "adaptive", "adaptive:0.5:2:9"])
+def test_a_period_may_be_a_number_or_a_text(tmp_path: Path, every: object) -> None:
+    written = parsed(tmp_path, {"density": 0.5, "refresh_every": every})
+    flag = parsed(tmp_path, {"density": 0.5}, "--refresh-every", str(every))
+    assert written.chosen_method.refresh_every == flag.chosen_method.refresh_every == every
+
+
 def test_another_method_leaves_out_the_options_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Only those: what no method knows stays an error."""
     options = {"method": "gasdu", "density": 0.5, "refresh_every": 3, "carry": "slot"}

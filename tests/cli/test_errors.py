@@ -39,6 +39,8 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ({"density": None}, "exactly one of density"),
         ({"budget": 1e-3}, "exactly one of density"),
         ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
+        ({"refresh_every": "often"}, "refresh_every must be a whole number of steps, or adaptive:"),
+        ({"refresh_every": "adaptive:2"}, "threshold must lie in (0, 1], got 2"),
         ({"targets": "layers/.*/qproj/kernel"}, "near misses: layers/self_attn/q_proj/kernel"),
         ({"targets": "norm/scale"}, "norm/scale is not a matrix"),
         ({"targets": "("}, "no regular expression"),

@@ -80,6 +80,13 @@ def neurons(scores: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-scores, axis=0, kind="stable")[:k] * OUTPUTS + np.arange(OUTPUTS)
 
 
+def strong_neurons(scores: np.ndarray, k: int, count: int) -> np.ndarray:
+    best = np.argsort(-scores, axis=0, kind="stable")[:k]
+    strength = np.take_along_axis(scores, best, axis=0).sum(axis=0)
+    chosen = np.sort(np.argsort(-strength, kind="stable")[:count])
+    return best[:, chosen] * OUTPUTS + chosen
+
+
 K = round(0.2 * INPUTS * OUTPUTS)
 # Constructor, its options, and the NumPy peer; a peer of None is handed the units that were drawn.
 METHODS: dict[str, tuple[Any, dict[str, Any], Callable[[], Peer]]] = {
@@ -112,6 +119,11 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Callable[[], Peer]]] = {
         js.neuroada,
         {"k": 2, "select": "gradient"},
         lambda: Peer(lambda w, g, turn: neurons(np.abs(g), 2)),
+    ),
+    "neuroada of some neurons": (
+        js.neuroada,
+        {"k": 2, "neurons": 0.6},
+        lambda: Peer(lambda w, g, turn: strong_neurons(np.abs(w), 2, 3)),
     ),
     "neuroada random": (js.neuroada, {"k": 2, "select": "random"}, lambda: Peer(None)),
     "cla": (js.cla, {"rank": 2}, lambda: Peer(lambda w, g, turn: rows([0, 1]), scale=2.0)),

@@ -17,7 +17,7 @@ STEPS = 6
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("gasdu", {"density": 0.5, "refresh_every": 2}),
+        ("gasdu", {"density": 0.5, "refresh_every": "adaptive:1:2:2"}),
         ("c3la", {"rank": 1, "chain_every": 2}),
         ("lisa", {"layers": 1, "every": 2}),
     ],
