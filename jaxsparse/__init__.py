@@ -14,6 +14,7 @@ from jaxsparse.engine.calibration import collect_activations as collect_activati
 from jaxsparse.engine.calibration import collect_gradients as collect_gradients
 from jaxsparse.engine.calibration import with_support as with_support
 from jaxsparse.engine.fused import fuse as fuse
+from jaxsparse.engine.layers import LayersState as LayersState
 from jaxsparse.engine.low_rank import LowRankState as LowRankState
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
 from jaxsparse.engine.spiel import SpielState as SpielState

@@ -54,7 +54,7 @@ def lisa(
         seed: of the draws.
 
     Returns:
-        A gradient transformation with state `LayersState`; the leaves of `state.drawn.support` are the layers drawn.
+        A gradient transformation with state `js.LayersState`; the leaves of `state.drawn.support` are the layers drawn.
 
     Raises:
         InputError: layers or every below 1, or a bad `stack`; in `init`: no layers, fewer than `layers`, or layers that
