@@ -70,9 +70,9 @@ def calibrate(
         activations = _activations(loss_fn, params, calibration_set, list(read.values()))
         description = replace(description, given={**description.given, "activation": activations})
     wants_gradient = "gradient" in needs and not description.given.get("gradient")
-    counts, supports = places.counts(empty), leaves_of(places.targets, empty)
     picked: dict[str, Array] = {}
     is_global, pool = isinstance(places, GlobalPlaces), None
+    counts, supports = places.counts(empty), [] if is_global else leaves_of(places.targets, empty)
     groups = _groups(places.targets, at_once)
     with progress("calibrating", len(groups) * len(calibration_set) if wants_gradient else len(groups)) as advance:
         for group in groups:
