@@ -122,6 +122,29 @@ def test_default_targets_are_queries_keys_and_values() -> None:
         js.smt(blocks=1).init({"dense": {"kernel": jnp.ones((4, 4))}})
 
 
+def test_calibrate_picks_what_calibration_steps_pick(rng: np.random.Generator) -> None:
+    widths = {"q_proj": 6, "k_proj": 3, "v_proj": 3, "o_proj": 6}
+    attention = {name: {"kernel": jnp.asarray(rng.normal(size=(2, 6, width)))} for name, width in widths.items()}
+    params = {"layers": {"self_attn": attention}}
+
+    def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
+        kernels = jax.tree.leaves(params)
+        return sum(jnp.sum(jnp.tanh(jnp.einsum("bi,lio->blo", batch, kernel)) ** 2) for kernel in kernels)
+
+    batches = [jnp.asarray(rng.normal(size=(4, 6))) for _ in range(2)]
+    method = js.smt(optax.sgd(0.1), blocks=3, size=SIZE, calibration_steps=2)
+    looking, gradient = method.init(params), jax.jit(jax.grad(loss_fn))
+    for batch in batches:
+        _, looking = method.update(gradient(params, batch), looking, params)
+    given = js.with_support(method, js.calibrate(loss_fn, params, batches, method))
+    results = [
+        tx.update(gradient(params, batches[0]), state, params)[0]
+        for tx, state in ((method, looking), (given, given.init(params)))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(results[1]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
