@@ -66,6 +66,19 @@ def test_bad_targets_are_named(targets: object, message: str) -> None:
         paths(targets)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 2, 3), (2, 4, 2, 3)])
+def test_weights_of_any_shape_can_be_taken_whole(shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"w": weight, "count": jnp.zeros(shape, int), "empty": jnp.zeros((0, 2))}
+    size = int(np.prod(shape))
+    whole = resolve_targets(params, None, whole=True)
+    flat = resolve_targets(params, Target("w", in_axes=()))
+    for (target,), matrix in ((whole, (1, 1, *shape)[-2:]), (flat, (1, size))):
+        matrices = target.view.matrices(weight)
+        assert (target.path, matrices.shape) == ("w", (size // int(np.prod(matrix)), *matrix))
+        np.testing.assert_array_equal(target.view.weight(matrices), weight)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_matrices_and_weight_are_inverses(data: st.DataObject) -> None:
