@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import docstring_parser
+import jax
 import tyro
 
 from jaxsparse.common.errors import InputError
@@ -65,7 +66,7 @@ PAPERS: dict[str, str] = {
 # Arguments that every method has, and that a run sets in one place for all of them.
 _COMMON = ("inner", "targets", "seed", "gradients", "activations", "learning_rate", "weight_decay", "clip")
 # What can be written on a command line, for arguments that take more than that from Python.
-_WRITTEN: dict[Any, Any] = {RefreshEvery: int | str, SlotsDType: str | None}
+_WRITTEN: dict[Any, Any] = {RefreshEvery: int | str, SlotsDType: str | None, float | jax.Array: float}
 
 
 def constructor_of(method: str) -> Callable[..., SubspaceTransformation]:

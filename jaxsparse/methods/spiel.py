@@ -67,7 +67,7 @@ def spiel(
         density: free coordinates / size of each target. Give this with `budget=None`, or `budget`.
         budget: free coordinates / all parameters, shared in proportion to size; 0.01 in the authors' code.
         grow: "AG" (accumulated gradients) or "MA" (approximated moments).
-        reselect_every: S; 20 in the paper.
+        reselect_every: S; 20 as METHODS.md and the authors' README have it.
         accumulation_steps: A, fewer than S; 5 in the authors' code. "MA" reselects at the same steps.
         reselection_rate: p at step 0, from the second reselection on; 0.2 in the authors' code.
         decay: "linear", or "cosine": p = 0.2 (1 + cos(pi t/T)) / 2.

@@ -62,6 +62,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ({"carry": "reset", "schedule": "linear"}, "carry=reset starts the inner optimizer afresh"),
         ({"carry": "reset", "warmup_steps": 1}, "warmup_steps=1 would start again"),
         ({"weight_decay": 0.1}, "needs --optimizer adamw"),
+        ({"method": "spiel", "optimizer": "sgd", "density": None}, "spiel brings its own optimizer"),
         ({"micro_batches": 3}, "micro_batches=3 must divide batch=4"),
         ({"max_length": 512}, "max_length=512 is more than the 256 positions"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
