@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.interpreter import followed
+from jaxsparse.engine.micro_batches import split_batch
 from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
@@ -112,7 +113,7 @@ def _accumulated(
         added = jax.tree.map(jnp.add, sums[:2], (*weighed[:1], weighed[1]))
         return (found.supports, jnp.zeros_like(due), (*added, first, sums[3] + found.tokens)), None
 
-    split = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
+    split = split_batch(batch, micro_batches)
     shapes = jax.eval_shape(
         lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), split),

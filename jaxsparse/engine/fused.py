@@ -15,7 +15,10 @@ from jaxtyping import Array
 
 from jaxsparse.engine.backward import Backward, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
+from jaxsparse.engine.description import Description
+from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
 from jaxsparse.engine.fusible import check_fusible, first_support
+from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
 from jaxsparse.engine.selection import select
@@ -30,7 +33,7 @@ LossFn = Callable[[Any, Any], Any]
 
 def fuse(
     loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
-) -> "FusedTuner":
+) -> "FusedTuner | FusedLowRankTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
     Args:
@@ -61,7 +64,10 @@ def fuse(
         >>> tuner.params(state)["kernel"].shape
         (3, 2)
     """
-    return FusedTuner(loss_fn, method, has_aux=has_aux, accumulate=accumulate)
+    description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
+    if isinstance(description, LowRank):
+        return FusedLowRankTuner(with_tokens, description, accumulate)
+    return FusedTuner(with_tokens, check_fusible(description), accumulate)
 
 
 class FusedTuner:
@@ -71,23 +77,15 @@ class FusedTuner:
     support and steps that do not.
 
     Args:
-        loss_fn: as in `fuse`.
-        method: as in `fuse`.
-        has_aux: as in `fuse`.
-        accumulate: as in `fuse`.
+        loss_fn: (params, batch) -> (loss, number of target tokens).
+        description: the method.
+        accumulate: micro-batches per optimizer step.
     """
 
     def __init__(
-        self,
-        loss_fn: LossFn,
-        method: optax.GradientTransformation,
-        *,
-        has_aux: bool = False,
-        accumulate: int = 1,
+        self, loss_fn: Callable[[Any, Any], tuple[Array, Array]], description: Description, accumulate: int
     ) -> None:
-        self.method = check_method(method)
-        self.description = check_fusible(self.method.description)
-        self.loss_fn, self.accumulate = _with_tokens(loss_fn, has_aux), accumulate
+        self.loss_fn, self.description, self.accumulate = loss_fn, description, accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any, *, donate: bool = False) -> TunerState:

@@ -31,7 +31,14 @@ from jaxsparse.select.schedules import Once, Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
-__all__ = ["LowRankState", "low_rank_engine"]
+__all__ = [
+    "LowRankState",
+    "advance_factors",
+    "begin_chain",
+    "given_gradient",
+    "low_rank_engine",
+    "move_factors",
+]
 
 
 class LowRankState(NamedTuple):
@@ -110,7 +117,7 @@ def _update(
     ]
     look = _look(description.start, places, state.evidence, gradients)
     due = description.schedule.due(state.progress) & look.ready
-    begun = _begin(description, places, state, due, look.means)
+    begun = begin_chain(description, places, state, due, look.means)
     weights = description.weights(params) if description.magnitude else []
     slopes, stepped, moves = _step(description, places, begun, gradients, weights, extra_args)
 
@@ -126,7 +133,7 @@ def _update(
         lambda old, new, moved: jnp.where(finite, jnp.where(trains, moved, new), old),
         *((which.factors, which.norms, which.inner) for which in (state, begun, stepped)),
     )
-    progress = _advance(state.progress, finite & trains, finite & due, ~finite & ~look.looks)
+    progress = advance_factors(state.progress, finite & trains, finite & due, ~finite & ~look.looks)
     changed = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
     for target, move in zip(places.targets, moves, strict=True):
         changed[target.position] = target.view.weight(jnp.where(finite & (move != 0), move, NOTHING))
@@ -154,7 +161,7 @@ def _look(start: GradientStart | None, places: MatrixPlaces, evidence: Any, grad
         return _Look(jnp.array(False), jnp.array(True), (), [])
     if start.gradients is not None:
         given = zip(places.targets, gradients, strict=True)
-        means = [_given(start.gradients, target).astype(gradient.dtype) for target, gradient in given]
+        means = [given_gradient(start.gradients, target).astype(gradient.dtype) for target, gradient in given]
         return _Look(jnp.array(False), jnp.array(True), (), means)
     count, sums = evidence
     looks = count < start.calibration_steps
@@ -167,8 +174,8 @@ def _look(start: GradientStart | None, places: MatrixPlaces, evidence: Any, grad
     return _Look(looks, count >= start.calibration_steps, (count, places.spread(added)), means)
 
 
-def _given(gradients: Mapping[str, Any], target: ResolvedTarget) -> Array:
-    """The gradient that the user supplies for a target, as matrices."""
+def given_gradient(gradients: Mapping[str, Any], target: ResolvedTarget) -> Array:
+    """Returns the gradient that the user supplies for a target, as matrices."""
     if target.path not in gradients:
         raise InputError(f"no gradient is given for target {target.path}")
     gradient = jnp.asarray(gradients[target.path])
@@ -179,10 +186,10 @@ def _given(gradients: Mapping[str, Any], target: ResolvedTarget) -> Array:
     return target.view.matrices(gradient)
 
 
-def _begin(
+def begin_chain(
     description: LowRank, places: MatrixPlaces, state: LowRankState, due: Bool[Array, ""], means: list[Array]
 ) -> LowRankState:
-    """The state with fresh factors and a fresh inner optimizer, where they are due; `init` drew the first ones."""
+    """Returns the state with fresh factors and a fresh inner optimizer, where they are due; `init` drew the first."""
     start, inner = description.start, description.inner
     if start is None and isinstance(description.schedule, Once):
         return state
@@ -212,7 +219,6 @@ def _step(
     extra_args: dict[str, Any],
 ) -> tuple[Factors, LowRankState, list[Array]]:
     """One step of the inner optimizer: the factors' gradients, the new state, and the change of every weight."""
-    assert description.inner is not None
     old, scale = of_targets(places, state.factors), description.scale
     norms = leaves_of(places.targets, state.norms)
     ways: list[Any] = []
@@ -222,16 +228,8 @@ def _step(
         slopes = [dora_gradients(factors, c, way, gradient, scale) for factors, c, way, gradient in each]
     else:
         slopes = [factor_gradients(factors, gradient, scale) for factors, gradient in zip(old, gradients, strict=True)]
-    trained, slope = description.trained(state.factors), description.trained(as_trees(places, slopes))
-    steps, inner = optax.with_extra_args_support(description.inner).update(slope, state.inner, trained, **extra_args)
-    if description.learning_rate is not None:
-        rate = description.learning_rate
-        rate = rate(state.progress.steps) if callable(rate) else rate
-        steps = jax.tree.map(lambda step: -rate * step, steps)
-    if description.ratio is not None:
-        steps = steps._replace(b=jax.tree.map(lambda step: description.ratio * step, steps.b))
-    moved = jax.tree.map(lambda x, step: (x + step).astype(x.dtype), trained, steps)
-    factors = moved if description.trains_a else moved._replace(a=state.factors.a)
+    slope = description.trained(as_trees(places, slopes))
+    factors, inner = move_factors(description, state, slope, extra_args)
     new = of_targets(places, factors)
     if description.magnitude:
         changes = [change_of_dora(*each, scale) for each in zip(old, new, norms, ways, strict=True)]
@@ -241,10 +239,27 @@ def _step(
     return slope, state._replace(factors=factors, norms=places.spread(norms), inner=inner), moves
 
 
-def _advance(
+def move_factors(
+    description: LowRank, state: LowRankState, slope: Factors, extra_args: dict[str, Any]
+) -> tuple[Factors, Any]:
+    """Returns the factors and the inner optimizer's state after a step, given the gradients of what trains."""
+    assert description.inner is not None
+    trained = description.trained(state.factors)
+    steps, inner = optax.with_extra_args_support(description.inner).update(slope, state.inner, trained, **extra_args)
+    if description.learning_rate is not None:
+        rate = description.learning_rate
+        rate = rate(state.progress.steps) if callable(rate) else rate
+        steps = jax.tree.map(lambda step: -rate * step, steps)
+    if description.ratio is not None:
+        steps = steps._replace(b=jax.tree.map(lambda step: description.ratio * step, steps.b))
+    moved = jax.tree.map(lambda x, step: (x + step).astype(x.dtype), trained, steps)
+    return moved if description.trains_a else moved._replace(a=state.factors.a), inner
+
+
+def advance_factors(
     progress: Progress, stepped: Bool[Array, ""], begun: Bool[Array, ""], skipped: Bool[Array, ""]
 ) -> Progress:
-    """Progress after an update."""
+    """Returns the progress after an update."""
     return progress._replace(
         steps=jnp.where(stepped, optax.safe_increment(progress.steps), progress.steps),
         refreshes=progress.refreshes + begun,

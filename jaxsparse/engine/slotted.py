@@ -65,6 +65,10 @@ class SlotRule(abc.ABC):
         """Returns what an overlay adds to the product of values with the weight."""
         raise NotImplementedError
 
+    def factor(self, slots: Any) -> Float[Array, " outputs"] | None:
+        """Returns what an overlay multiplies every output by, its own term included; None: nothing."""
+        return None
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "slots"], meta_fields=["rule", "roles", "path"])
 @dataclass(frozen=True)
@@ -161,11 +165,23 @@ def contract(
         )
     product = _Product(_pair(contracted), _pair(batched), tuple(options.items()))
     if weight.rule.overlay:
-        term = _over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
-        plain = product.of(values, lax.stop_gradient(weight.base))
-        added = _as_output(weight, term(weight.slots, _values_matrix(weight, product, side, values)), plain, side)
-        return plain + added.astype(plain.dtype)
+        return _overlaid(weight, product, side, values)
     return _linear(product, replace(weight, base=None, slots=None), side, values, weight.base, weight.slots)
+
+
+def _overlaid(weight: SlottedWeight, product: _Product, side: str, values: Array) -> Array:
+    """The product with the weight as it stands, and what the slots add to it; JAX differentiates the latter."""
+    plain = product.of(values, lax.stop_gradient(weight.base))
+    term = _over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
+    added = term(weight.slots, _values_matrix(weight, product, side, values))
+    total = plain + _as_output(weight, added, plain, side).astype(plain.dtype)
+    factor = _over_layers(weight, lambda slots, _: weight.rule.factor(slots))(weight.slots, added)
+    if factor is None:
+        return total
+    if side == OUTPUT:
+        raise UnsupportedUseError(weight.path, "a product with the transposed weight, whose outputs are scaled")
+    scaled = jnp.broadcast_to(factor[..., None, :], added.shape)
+    return (total * _as_output(weight, scaled, plain, side)).astype(plain.dtype)
 
 
 def _pair(axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

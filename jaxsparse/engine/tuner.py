@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.engine.description import SubspaceTransformation
-from jaxsparse.select.scores import score_dtype
+from jaxsparse.engine.micro_batches import mean_gradients
 
 __all__ = ["ReferenceTuner", "StepMetrics", "TunerState", "check_method"]
 
@@ -110,10 +110,12 @@ class ReferenceTuner:
         leaves, structure = jax.tree.flatten(state.params)
         moving = self.method.description.moving(state.params)
 
-        def loss_of(targets: list[Array], batch: Any) -> tuple[Array, dict[str, Array]]:
-            return self.loss_fn(jax.tree.unflatten(structure, _replace(leaves, moving, targets)), batch)
+        def loss_of(targets: list[Array], batch: Any) -> tuple[Array, Array]:
+            loss, aux = self.loss_fn(jax.tree.unflatten(structure, _replace(leaves, moving, targets)), batch)
+            return loss, aux["tokens"]
 
-        loss, tokens, gradients = self._gradients(loss_of, [leaves[at] for at in moving], batch)
+        targets = [leaves[at] for at in moving]
+        loss, tokens, gradients = mean_gradients(loss_of, targets, batch, self.accumulate)
         # The method sees a whole tree; what it says of frozen weights is never computed, since nobody reads it.
         frozen = [jnp.zeros((), leaf.dtype) if at in moving else jnp.zeros_like(leaf) for at, leaf in enumerate(leaves)]
         updates, method = self.method.update(
@@ -131,25 +133,6 @@ class ReferenceTuner:
             skipped=progress.skipped,
         )
         return TunerState(jax.tree.unflatten(structure, _replace(leaves, moving, moved)), method), metrics
-
-    def _gradients(self, loss_of: Any, targets: list[Array], batch: Any) -> tuple[Array, Array, list[Array]]:
-        """Mean loss, number of target tokens and mean gradients over the micro-batches, each weighed by its tokens."""
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        if self.accumulate == 1:
-            (loss, aux), gradients = value_and_grad(targets, batch)
-            return loss, aux["tokens"], gradients
-
-        def add(sums: Any, micro_batch: Any) -> tuple[Any, Array]:
-            (loss, aux), gradients = value_and_grad(targets, micro_batch)
-            sums = jax.tree.map(lambda total, leaf: total + leaf * aux["tokens"], sums, (loss, gradients))
-            return sums, aux["tokens"]
-
-        split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulate, -1, *leaf.shape[1:]), batch)
-        zeros = jnp.zeros(()), [jnp.zeros(leaf.shape, score_dtype(leaf.dtype)) for leaf in targets]
-        (loss, gradients), tokens = jax.lax.scan(add, zeros, split)
-        count = jnp.maximum(jnp.sum(tokens), 1)
-        gradients = [(g / count).astype(t.dtype) for g, t in zip(gradients, targets, strict=True)]
-        return loss / count, jnp.sum(tokens), gradients
 
 
 def _add(weight: Array, change: Array) -> Array:

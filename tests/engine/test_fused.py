@@ -75,6 +75,43 @@ def test_follows_the_reference_engine(name: str, options: dict[str, Any], rng: n
         jax.tree.map(close, found.method.inner, expected.method.inner)
 
 
+LOW_RANK: list[tuple[str, dict[str, Any]]] = [
+    ("lora_plus", {}),
+    ("asym_lora", {}),
+    ("cola", {"chain_every": 3}),
+    ("rac_lora", {"chain_every": 3}),
+    ("dora", {}),
+    ("lora_ga", {"gradients": True}),
+    ("lora_one", {"gradients": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), LOW_RANK, ids=lambda value: value if isinstance(value, str) else None)
+def test_low_rank_overlays_follow_the_reference_engine(
+    name: str, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    with jax.enable_x64(True):
+        params, loss, batches = problem(rng, jnp.float64)
+        if "gradients" in options:
+            options = {"gradients": js.collect_gradients(loss, params, [batches[-1]], TARGETS)}
+        method = getattr(js, name)(optax.adam(0.02), rank=2, targets=TARGETS, seed=3, **options)
+        reference = ReferenceTuner(lambda p, b: (loss(p, b), {"tokens": jnp.ones(())}), method)
+        fused = js.fuse(loss, method)
+        expected, found = reference.init(params), fused.init(params)
+        if name == "lora_one":  # there the first step only adds the product
+            expected, _ = reference.step(expected, batches[0])
+        frozen = jax.tree.map(np.asarray, found.params)
+        for batch in batches:
+            expected, told = reference.step(expected, batch)
+            found, metrics = fused.step(found, batch)
+            np.testing.assert_allclose(metrics.loss, told.loss, rtol=1e-9)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11), fused.params(found), expected.params
+        )
+        if "chain_every" not in options:  # the weights move only when a chain ends
+            jax.tree.map(np.testing.assert_array_equal, found.params, frozen)
+
+
 @pytest.mark.parametrize("name", ["gasdu", "neuroada", "paca"])
 def test_narrow_weights_move_by_their_masters(name: str, rng: np.random.Generator) -> None:
     """Steps far below an ulp add up, and without masters they do not."""
