@@ -146,7 +146,8 @@ def _wrap(
     if isinstance(units, Slices):
         rule = SliceSlots(units)
     elif isinstance(units, Blocks):
-        rule = BlockSlots(units.grid(view.in_size, view.out_size)[3])
+        _, _, down, across = units.grid(view.in_size, view.out_size)
+        rule = BlockSlots(down * across, across)
     elif picks:
         rule = PickedSlots(view.out_size, description.score)
         slots["due"] = jnp.broadcast_to(due, (view.stack,))

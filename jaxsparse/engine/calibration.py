@@ -121,7 +121,9 @@ def with_support(method: optax.GradientTransformation, support: Any) -> Subspace
 
 def _units_method(method: optax.GradientTransformation) -> Description:
     if not isinstance(method, SubspaceTransformation) or not isinstance(method.description, Description):
-        raise TypeError(f"expected the result of a constructor whose method picks units of matrices, got {method!r}")
+        description = getattr(method, "description", None)
+        got = f"js.{description.name}" if description is not None else type(method).__name__
+        raise TypeError(f"expected the result of a constructor whose method picks units of matrices, got {got}")
     return method.description
 
 

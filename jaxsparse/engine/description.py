@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ import optax
 from jaxtyping import DTypeLike
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count
 from jaxsparse.engine.places import GlobalPlaces, MatrixPlaces, Places
 from jaxsparse.select.carry import Carry, check_carry
 from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import Score, score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, Targets, is_masked, tree_size
-from jaxsparse.subspaces.units import Subspace
+from jaxsparse.subspaces.units import Subspace, Units
 
 __all__ = ["Description", "Method", "Scope", "Sees", "SlotsDType", "SubspaceTransformation", "count_slots"]
 
@@ -108,16 +109,25 @@ class Description(Method):
 
     def __post_init__(self) -> None:
         check_carry(self.carry)
-        if self.scope not in ("matrix", "global"):
-            raise InputError(f"scope must be 'matrix' or 'global', got {self.scope!r}")
+        for option, allowed in (("scope", get_args(Scope)), ("sees", get_args(Sees))):
+            if getattr(self, option) not in allowed:
+                raise InputError(f"{option} must be {' or '.join(map(repr, allowed))}, got {getattr(self, option)!r}")
+        for option, kind, example in (
+            ("subspace", Subspace, "js.subspaces.Neurons(2)"),
+            ("score", Score, "js.select.GRADIENT"),
+            ("schedule", get_args(Schedule), "js.select.Every(50)"),
+        ):
+            if not isinstance(getattr(self, option), kind):
+                raise TypeError(f"{self.name}: {option} must be such as {example}, got {getattr(self, option)!r}")
+        if unknown := {*self.given} - {"gradient", "activation", "support"}:
+            raise InputError(f"given may hold 'gradient', 'activation' and 'support', not {min(unknown)!r}")
         if self.inner is not None and not isinstance(self.inner, optax.GradientTransformation):
             raise TypeError(
                 f"{self.name}: the inner optimizer must be an optax.GradientTransformation, got {self.inner!r}"
             )
         if not _is_slots_dtype(self.slots_dtype):
             raise InputError(f"slots_dtype must be a floating-point dtype, None or 'promote', got {self.slots_dtype!r}")
-        if self.calibration_steps < 0:
-            raise InputError(f"calibration_steps must not be negative, got {self.calibration_steps}")
+        check_count("calibration_steps", self.calibration_steps, least=0)
 
     @property
     def trains(self) -> bool:
@@ -130,8 +140,24 @@ class Description(Method):
         return _words(type(self.subspace))
 
     def resolve(self, tree: Any) -> list[ResolvedTarget]:
-        """Returns the targets in a tree shaped like the parameters, each with its subspace."""
-        return self.subspace.resolve(tree, self.targets)
+        """Returns the targets in a tree shaped like the parameters, each with its subspace.
+
+        Raises:
+            InputError: the model lacks a target, or a `Target` has a density that its subspace has no use for.
+            TypeError: the subspace of a `Target` is none.
+        """
+        targets = self.subspace.resolve(tree, self.targets)
+        for target in targets:
+            if not isinstance(target.subspace, Units):
+                raise TypeError(
+                    f"the js.Target of {target.path} has the subspace {target.subspace!r}, which is no units"
+                )
+            if target.density is not None and not target.subspace.takes_density:
+                raise InputError(
+                    f"{self.name}: the js.Target of {target.path} asks for density={target.density}, which "
+                    f"says nothing to {_words(type(target.subspace))}"
+                )
+        return targets
 
     def moving(self, params: Any) -> list[int]:
         """Returns the positions of the targets."""
@@ -145,6 +171,9 @@ class Description(Method):
         """Returns the slots' places in a model, the support to start from, and the shapes of the slots' weights."""
         targets = self.resolve(params)
         leaves, structure = jax.tree.flatten(params, is_leaf=is_masked)
+        if self.scope == "global" and len({leaves[target.position].dtype for target in targets}) > 1:
+            dtypes = {target.path: leaves[target.position].dtype.name for target in targets}
+            raise InputError(f"scope='global' needs targets of one dtype, got {dtypes}")
         places = self.places(targets, structure)
         support = places.empty(tree_size(params))
 

@@ -4,15 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.backward import picks_in_backward
 from jaxsparse.engine.description import Description
-from jaxsparse.engine.places import leaves_of
+from jaxsparse.engine.places import GlobalPlaces, GlobalSupport, leaves_of
 from jaxsparse.engine.selection import select
 from jaxsparse.select.schedules import Once
-from jaxsparse.subspaces.units import Coordinates
+from jaxsparse.subspaces.units import Coordinates, Slices
 
 __all__ = ["check_fusible", "first_support"]
 
@@ -58,4 +59,23 @@ def first_support(description: Description, params: Any) -> list[Array]:
     weights = [t.view.matrices(jax.tree.leaves(params)[t.position]) for t in places.targets]
     shapes: Any = [jax.ShapeDtypeStruct(weight.shape, jnp.float32) for weight in weights]
     support = select(description, places, empty, shapes, weights, jnp.zeros([], jnp.int32))
+    if isinstance(places, GlobalPlaces):
+        return _by_target(places, support)
     return leaves_of(places.targets, support)
+
+
+def _by_target(places: GlobalPlaces, support: GlobalSupport) -> list[Array]:
+    """One support over all matrices as a support for every target; idle slots fill up all but the fullest layer."""
+    matrix, unit = np.asarray(support.matrix), np.asarray(support.unit)
+    supports = []
+    for first, target in zip(places.first_matrix, places.targets, strict=True):
+        view = target.view
+        if isinstance(target.subspace, Slices):
+            raise InputError("scope='global' over slices runs in the reference engine only: use js.ReferenceTuner")
+        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
+        idle = jax.eval_shape(target.subspace.cut, dense).shape[1]
+        layers = [np.sort(unit[matrix == first + layer]) for layer in range(view.stack)]
+        most = max(len(layer) for layer in layers)
+        filled = [np.pad(layer, (0, most - len(layer)), constant_values=idle) for layer in layers]
+        supports.append(jnp.asarray(np.stack(filled), jnp.int32))
+    return supports

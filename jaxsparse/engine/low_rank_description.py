@@ -1,7 +1,5 @@
 """A low-rank method written down, and the factors that it starts from."""
 
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count, check_positive
 from jaxsparse.engine.description import Method
 from jaxsparse.engine.factors import Factors, normal_factors, norms_of_columns
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
@@ -19,17 +18,7 @@ from jaxsparse.select.schedules import Once, Schedule
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, Targets, is_masked, resolve_targets
 
-__all__ = ["GradientStart", "LowRank", "as_trees", "check_positive", "of_targets"]
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises an error that names an option which is no positive number; a traced one passes."""
-    if isinstance(value, jax.Array):
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a positive number, got {value!r}")
-    if not 0 < float(value) < math.inf:
-        raise InputError(f"{name} must be a positive number, got {value}")
+__all__ = ["GradientStart", "LowRank", "as_trees", "of_targets"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,7 @@ class GradientStart:
     gradients: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_count("calibration_steps", self.calibration_steps, least=0)
         if self.gradients is None and self.calibration_steps < 1:
             raise InputError(f"give gradients, or calibration_steps of at least 1, got {self.calibration_steps}")
 
@@ -94,13 +84,7 @@ class LowRank(Method):
                 f"{self.name} trains factors of the weights and needs an inner optimizer to do so, "
                 f"such as js.{self.name}(optax.adam(1e-4)); got {self.inner!r}"
             )
-        if isinstance(self.rank, bool) or not isinstance(self.rank, numbers.Integral):
-            raise TypeError(
-                f"{self.name}: rank sets array shapes and must be a Python integer, got {self.rank!r}; under "
-                "optax.inject_hyperparams name it in static_args"
-            )
-        if self.rank < 1:
-            raise InputError(f"{self.name}: rank must be at least 1, got {self.rank}")
+        check_count("rank", self.rank)
         for name in ("alpha", "ratio"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))

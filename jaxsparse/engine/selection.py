@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxsparse.common.errors import InputError
@@ -94,7 +95,15 @@ def score_units(
 def _unit_scores(score: Score, target: ResolvedTarget, entries: Entries) -> Array:
     """Scores of units, from scores of entries; those of factors are multiplied."""
     if score.entries is not None:
-        return target.subspace.unit_scores(score.entries(entries))
+        try:
+            scores, view = score.entries(entries), target.view
+        except (TypeError, AttributeError) as error:
+            error.add_note(f"score {score.name} may look at what its `needs` name, {score.needs}; all else is None")
+            raise
+        matrices = (view.stack, view.in_size, view.out_size)
+        if scores.ndim != 3 or any(have not in (1, all_) for have, all_ in zip(scores.shape, matrices, strict=True)):
+            raise InputError(f"score {score.name} has shape {scores.shape} for {target.path}, expected {matrices}")
+        return target.subspace.unit_scores(scores)
     return math.prod((_unit_scores(factor, target, entries) for factor in score.factors), start=jnp.ones([]))
 
 
@@ -124,7 +133,8 @@ def _entries(
             ) from error
     for name in description.score.needs:
         if found[name] is None:
-            hint = "call update(gradients, state, params)" if name == "weight" else f"give {name}s by js.calibrate"
+            hint = f"give {name}s (js.collect_{name}s), or pick by js.calibrate"
+            hint = "call update(gradients, state, params)" if name == "weight" else hint
             raise InputError(
                 f"{description.name}: score {description.score.name} needs the {name} of {target.path}; {hint}"
             )
@@ -142,9 +152,31 @@ def _given_support(places: Places, given: Any, old_support: Any) -> Any:
     for target, like in zip(places.targets, jax.tree.leaves(old_support), strict=True):
         if target.path not in given:
             raise InputError(f"no support is given for target {target.path}")
+        _check_units(target, given[target.path])
         support = jnp.asarray(given[target.path], jnp.int32)
         support = support.reshape(like.shape) if support.size == like.size else support
         if support.shape != like.shape:
             raise InputError(f"the support given for {target.path} has shape {support.shape}, expected {like.shape}")
         supports.append(support)
     return places.spread(supports)
+
+
+def _check_units(target: ResolvedTarget, given: Any) -> None:
+    """Raises an InputError for unit numbers that a target's matrices do not have, or that come twice."""
+    if isinstance(given, jax.core.Tracer):
+        return
+    units, view = np.asarray(given), target.view
+    dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
+    count = jax.eval_shape(target.subspace.cut, dense).shape[1]
+    if not np.issubdtype(units.dtype, np.integer) or units.size % view.stack:
+        raise InputError(
+            f"the support given for {target.path} must hold whole numbers for each of {view.stack} matrices; it has "
+            f"shape {units.shape} of {units.dtype}"
+        )
+    first, last = units.min(), units.max()
+    if first < 0 or last >= count:
+        raise InputError(
+            f"the support given for {target.path} must name units from 0 to {count - 1}, got {first}..{last}"
+        )
+    if not np.diff(np.sort(units.reshape(view.stack, -1), axis=1), axis=1).all():
+        raise InputError(f"the support given for {target.path} names a unit twice")

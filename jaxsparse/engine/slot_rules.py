@@ -20,7 +20,8 @@ __all__ = ["BlockSlots", "EntrySlots", "PickedSlots", "SliceSlots"]
 class EntrySlots(SlotRule):
     """Single entries: sampled products.
 
-    Slots: "support", int32 flat indices of any shape; "probe", zeros of that shape.
+    Slots: "support", int32 flat indices of any shape, those beyond the matrix for slots that are idle; "probe", zeros
+    of that shape.
 
     Attributes:
         outputs: number of outputs of the matrix.
@@ -31,7 +32,8 @@ class EntrySlots(SlotRule):
     def gradients(self, slots: Any, left: Array, right: Array) -> Any:
         """Returns sum_t x[t, row] dy[t, column] of every slot."""
         rows, columns = slots["support"] // self.outputs, slots["support"] % self.outputs
-        return {"support": None, "probe": sampled_matmul(left, right, rows, columns)}
+        found = sampled_matmul(left, right, jnp.minimum(rows, left.shape[1] - 1), columns)
+        return {"support": None, "probe": jnp.where(rows < left.shape[1], found, 0)}
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class SliceSlots(SlotRule):
 class BlockSlots(SlotRule):
     """Blocks: a small dense product for each.
 
-    Slots: "support", int32 (k,) numbers of blocks; "probe", zeros (k, rows, columns).
+    Slots: "support", int32 (k,) numbers of blocks, those beyond the last for slots that are idle; "probe", zeros
+    (k, rows, columns).
 
     Attributes:
+        blocks: number of blocks of the matrix.
         across: blocks side by side along the outputs.
     """
 
+    blocks: int
     across: int
 
     def gradients(self, slots: Any, left: Array, right: Array) -> Any:
@@ -82,7 +87,8 @@ class BlockSlots(SlotRule):
         def block(number: Array) -> Array:
             band = jax.lax.dynamic_slice_in_dim(left, number // self.across * rows, rows, axis=1)
             other = jax.lax.dynamic_slice_in_dim(right, number % self.across * columns, columns, axis=1)
-            return jax.lax.dot_general(band, other, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+            found = jax.lax.dot_general(band, other, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+            return jnp.where(number < self.blocks, found, 0)
 
         return {"support": None, "probe": jax.lax.map(block, slots["support"])}
 

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count
 from jaxsparse.engine.description import Description, Scope, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
 from jaxsparse.select.scores import GRADIENT, RANDOM, WEIGHT, smallest
@@ -195,14 +196,21 @@ class _LikeLora(Coordinates):
     budget: Any = None
     rank: int = 32
 
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+
+    @property
+    def takes_density(self) -> bool:
+        """No: the rank says how many."""
+        return False
+
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns r (in + out) for each target."""
         counts = [self.rank * (target.view.in_size + target.view.out_size) for target in targets]
         for target, count in zip(targets, counts, strict=True):
-            if not 1 <= count <= target.view.size:
+            if count > target.view.size:
                 raise InputError(
-                    f"rank={self.rank} frees {count} entries of {target.path}, which has {target.view.size}; "
-                    "give a rank of at least 1 that fits"
+                    f"rank={self.rank} frees {count} entries of {target.path}, which has {target.view.size}"
                 )
         return counts
 

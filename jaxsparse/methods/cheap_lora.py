@@ -11,6 +11,7 @@ import jax
 import optax
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count, check_positive
 from jaxsparse.engine.description import Description, Sees, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
 from jaxsparse.select.schedules import Every, Once, Schedule
@@ -52,7 +53,11 @@ def slice_method(
 
 def _scale(alpha: float | None, rank: int) -> Any:
     """Alpha / r; the papers' alpha is 2 r."""
-    return 2.0 if alpha is None else alpha / rank
+    if alpha is None:
+        return 2.0
+    check_positive("alpha", alpha)
+    check_count("rank", rank)
+    return alpha / rank
 
 
 def chain_schedule(total_steps: int | None, chains: int | None, chain_every: int | None) -> Every:
@@ -62,11 +67,12 @@ def chain_schedule(total_steps: int | None, chains: int | None, chain_every: int
     if chain_every is None:
         assert total_steps is not None
         assert chains is not None
-        if not 1 <= chains <= total_steps:
+        check_count("total_steps", total_steps)
+        check_count("chains", chains)
+        if chains > total_steps:
             raise InputError(f"chains must lie between 1 and total_steps={total_steps}, got {chains}")
         chain_every = total_steps // chains
-    if chain_every < 1:
-        raise InputError(f"chain_every must be at least 1 step, got {chain_every}")
+    check_count("chain_every", chain_every)
     return Every(chain_every)
 
 
@@ -97,7 +103,7 @@ def cla(
         A gradient transformation with state `js.SubspaceState`.
 
     Raises:
-        InputError: a rank below 1 or above the number of inputs.
+        InputError: a rank below 1 or above the number of inputs, or an alpha that is not positive.
         TypeError: a value of the wrong kind.
 
     Example:
@@ -149,7 +155,7 @@ def r_cla(
         A gradient transformation with state `js.SubspaceState`.
 
     Raises:
-        InputError: a rank below 1 or above the number of inputs.
+        InputError: a rank below 1 or above the number of inputs, or an alpha that is not positive.
         TypeError: a value of the wrong kind.
 
     Example:
@@ -209,7 +215,8 @@ def c3la(
         A gradient transformation with state `js.SubspaceState`.
 
     Raises:
-        InputError: a rank below 1 or above the number of inputs, or chains that do not fit the run.
+        InputError: a rank below 1 or above the number of inputs, chains that do not fit the run, or an alpha that is
+            not positive.
         TypeError: a value of the wrong kind.
 
     Example:
@@ -272,7 +279,8 @@ def r_c3la(
         A gradient transformation with state `js.SubspaceState`.
 
     Raises:
-        InputError: a rank below 1 or above the number of inputs, or chains that do not fit the run.
+        InputError: a rank below 1 or above the number of inputs, chains that do not fit the run, or an alpha that is
+            not positive.
         TypeError: a value of the wrong kind.
 
     Example:

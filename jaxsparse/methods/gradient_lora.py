@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxsparse.common.options import check_positive
 from jaxsparse.engine.description import SubspaceTransformation
-from jaxsparse.engine.low_rank_description import GradientStart, check_positive
+from jaxsparse.engine.low_rank_description import GradientStart
 from jaxsparse.methods.lora import low_rank_method
 from jaxsparse.subspaces.targets import Targets
 
@@ -66,7 +67,7 @@ def lora_ga(
             dense sum, which `gradients` spare.
         gradients: mean gradients by parameter path, in place of calibration steps.
         targets: the weights that may move; None: the attention projections of a known model.
-        seed: of A.
+        seed: kept for the common signature; nothing is drawn.
 
     Returns:
         A gradient transformation with state `js.LowRankState`.
@@ -131,7 +132,7 @@ def lora_one(
             dense sum, which `gradients` spare.
         gradients: mean gradients by parameter path, in place of calibration steps.
         targets: the weights that may move; None: the attention projections of a known model.
-        seed: of A.
+        seed: kept for the common signature; nothing is drawn.
 
     Returns:
         A gradient transformation with state `js.LowRankState`.

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count
 from jaxsparse.engine.description import Description, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.layers import Layers, layers_engine
 from jaxsparse.select.schedules import Every
@@ -70,9 +71,8 @@ def lisa(
         >>> int((updates["layers"]["kernel"] != 0).sum()), int((updates["embedding"] != 0).sum())
         (32, 36)
     """
-    for name, value in (("layers", layers), ("every", every)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    check_count("layers", layers)
+    check_count("every", every)
     try:
         re.compile(stack)
     except re.error as error:

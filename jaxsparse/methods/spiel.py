@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.engine.spiel import spiel_engine
 from jaxsparse.engine.spiel_description import Spiel
@@ -105,9 +106,9 @@ def spiel(
         raise TypeError(f"learning_rate must be a number or a schedule, got {learning_rate!r}")
     if total_steps is None:
         raise InputError("spiel needs total_steps, the steps of the run: the share of exchanged slots falls over them")
-    _check_steps("total_steps", total_steps)
-    _check_steps("reselect_every", reselect_every)
-    _check_steps("accumulation_steps", accumulation_steps)
+    check_count("total_steps", total_steps)
+    check_count("reselect_every", reselect_every)
+    check_count("accumulation_steps", accumulation_steps)
     if accumulation_steps >= reselect_every:
         raise InputError(
             f"accumulation_steps must be fewer than reselect_every={reselect_every}, got {accumulation_steps}"
@@ -147,13 +148,3 @@ def spiel(
             seed=seed,
         )
     )
-
-
-def _check_steps(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be a whole number of steps, got {value!r}; "
-            f"under optax.inject_hyperparams name it in static_args=({name!r},)"
-        )
-    if value < 1:
-        raise InputError(f"{name} must be at least 1 step, got {value}")

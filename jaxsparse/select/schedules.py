@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.options import check_count
 
 __all__ = [
     "Adaptive",
@@ -76,6 +77,10 @@ class Every:
     """
 
     period: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.period, numbers.Real):
+            check_count("the period of a schedule", self.period)
 
     def due(self, progress: Progress) -> Bool[Array, ""]:
         """Returns whether this step picks."""

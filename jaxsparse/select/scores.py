@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxsparse.common.errors import InputError
+
 __all__ = [
     "ACTIVATION",
     "CIRCULANT",
@@ -92,6 +94,14 @@ class Score:
     factors: tuple["Score", ...] = ()
     needs: tuple[str, ...] = ()
     largest: bool = True
+
+    def __post_init__(self) -> None:
+        if sum(bool(given) for given in (self.entries, self.draw, self.factors)) != 1:
+            raise InputError(f"score {self.name} needs exactly one of entries, draw and factors")
+        if unknown := {*self.needs} - {*Entries._fields}:
+            raise InputError(
+                f"score {self.name} needs {min(unknown)!r}; what can be had is {', '.join(Entries._fields)}"
+            )
 
 
 def smallest(score: Score) -> Score:

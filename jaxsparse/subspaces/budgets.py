@@ -59,9 +59,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.density is None) == (self.budget is None):
-            given = "both" if self.density is not None else "neither"
             raise InputError(
-                f"give exactly one of density (share of each target) and budget (share of the model); {given} is given"
+                "give exactly one of density (share of each target) and budget (share of the model), and None for the "
+                f"other; got density={self.density} and budget={self.budget}"
             )
         for name in ("density", "budget"):
             if getattr(self, name) is not None:

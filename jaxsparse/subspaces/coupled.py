@@ -226,6 +226,12 @@ class CoupledSlices(Subspace):
             self._check_found({role for _, role in found}, tree)
             return self._resolved(tree, [(s, role) for s, role in found if role in self.shares])
         resolved = resolve_targets(tree, targets)
+        for target in resolved:
+            if target.density is not None and target.subspace is None:
+                raise InputError(
+                    f"the js.Target of {target.path} asks for density={target.density}; coupled slices have a share of "
+                    "their own for every kind of projection"
+                )
         open_paths = {target.path for target in resolved if target.subspace is None}
         ours = {target.path: target for target in self._resolved(tree, list(self._named(tree, open_paths)))}
         return [ours.get(target.path, target) for target in resolved]

@@ -144,7 +144,7 @@ def _by_path(selection: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_list(node: Any) -> bool:
     """Whether a node is a list of unit numbers, and not one of a tree's own lists."""
-    return isinstance(node, list) and all(isinstance(leaf, int) for leaf in jax.tree.leaves(node))
+    return isinstance(node, list) and all(np.ndim(leaf) == 0 for leaf in jax.tree.leaves(node))
 
 
 def _moves(

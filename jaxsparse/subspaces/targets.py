@@ -112,10 +112,11 @@ class MatrixView:
             index: flat indices in a matrix, in (in, out) order.
 
         Returns:
-            Flat indices over the weight's axes that count no layers.
+            Flat indices over the weight's axes that count no layers; the matrix's size for indices beyond it.
         """
         if self.is_in_order:
             return index
+        beyond = index >= self.size
         stride, strides = 1, {}
         for axis in reversed(range(len(self.shape))):
             if axis not in self.order[: self.layer_axes]:
@@ -125,7 +126,7 @@ class MatrixView:
         for axis in reversed(self.order[self.layer_axes :]):
             place = place + index % self.shape[axis] * strides[axis]
             index = index // self.shape[axis]
-        return place
+        return jnp.where(beyond, self.size, place)
 
     def matrices(self, weight: Num[Array, "..."]) -> Num[Array, "stack in out"]:
         """Returns the weight as a stack of matrices."""

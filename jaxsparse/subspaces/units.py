@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.subspaces.budgets import Budget
+from jaxsparse.common.options import check_count
+from jaxsparse.subspaces.budgets import Budget, check_fraction
 from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget, Targets, resolve_targets
 
 __all__ = ["Blocks", "Coordinates", "Everything", "Neurons", "Slices", "Subspace", "Units", "follow"]
@@ -41,6 +42,11 @@ class Units(Subspace):
     """
 
     whole: ClassVar[bool] = False
+
+    @property
+    def takes_density(self) -> bool:
+        """Whether a `Target` may have a density of its own."""
+        return False
 
     def resolve(self, tree: Any, targets: Targets) -> list[ResolvedTarget]:
         """Returns the targets; those without units of their own have these."""
@@ -69,8 +75,9 @@ class Units(Subspace):
         """Turns scores of entries into scores of units."""
 
     def activations(self, norms: Num[Array, "..."], view: MatrixView) -> Num[Array, "stack ..."]:
-        """Returns the 2-norm of every input's activation in a shape that broadcasts against the matrices."""
-        return norms.reshape(view.stack, view.in_size, 1)
+        """Returns the 2-norm of every input's activation for each entry of the matrices."""
+        inputs = norms.reshape(view.stack, view.in_size, 1)
+        return jnp.broadcast_to(inputs, (view.stack, view.in_size, view.out_size))
 
     def pick(
         self, unit_scores: Float[Array, "stack units"], like: Int[Array, "stack ..."], view: MatrixView
@@ -179,6 +186,11 @@ class Coordinates(_Entries):
 
     budget: Budget
 
+    @property
+    def takes_density(self) -> bool:
+        """Yes: k = round(density * size)."""
+        return True
+
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns k for each target."""
         _check_indices(targets)
@@ -204,10 +216,8 @@ class Neurons(_Entries):
     neurons: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.inputs < 1:
-            raise InputError(f"k, the inputs of every neuron, must be at least 1, got {self.inputs}")
-        if not 0 < self.neurons <= 1:
-            raise InputError(f"neurons, the share of neurons with free inputs, must lie in (0, 1], got {self.neurons}")
+        check_count("k, the inputs of every neuron,", self.inputs)
+        check_fraction("neurons", self.neurons)
 
     def counts(self, targets: Sequence[ResolvedTarget], model_size: int) -> list[int]:
         """Returns k for each target."""
@@ -257,10 +267,11 @@ class Slices(Units):
             raise InputError(
                 f"give exactly one of the number and the share of slices, got {self.count} and {self.share}"
             )
-        if self.count is not None and self.count < 1:
-            raise InputError(f"the number of slices must be at least 1, got {self.count}")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise InputError(f"the share of slices must lie in (0, 1], got {self.share}")
+        if self.count is not None:
+            check_count("the number of slices", self.count)
+        if self.share is not None:
+            check_fraction("the share of slices", self.share)
+        check_count("group", self.group)
         if self.axis not in ("input", "output"):
             raise InputError(f"axis must be 'input' or 'output', got {self.axis!r}")
 
@@ -279,13 +290,13 @@ class Slices(Units):
         return counts
 
     def activations(self, norms: Num[Array, "..."], view: MatrixView) -> Num[Array, "stack ..."]:
-        """Returns 2-norms of activations in a shape that broadcasts against the matrices.
+        """Returns 2-norms of activations, one for each slice, in a shape that broadcasts against the matrices.
 
         For output slices `norms` are those of the outputs, or of the inputs that couple to them: several groups for
         each of ours under grouped-query attention, which are taken together.
         """
         if self.axis == "input":
-            return super().activations(norms, view)
+            return norms.reshape(view.stack, view.in_size, 1)
         grouped = norms.reshape(view.stack, view.out_size // self.group, -1, self.group)
         return jnp.linalg.norm(grouped, axis=2).reshape(view.stack, 1, view.out_size)
 
@@ -324,10 +335,14 @@ class Blocks(Units):
     def __post_init__(self) -> None:
         if (self.count is None) == (self.budget is None):
             raise InputError(f"blocks: give exactly one of count and budget, got {self.count} and {self.budget}")
-        for name in ("count", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"blocks: {name} must be at least 1, got {value}")
+        if self.count is not None:
+            check_count("blocks: count", self.count)
+        check_count("blocks: size", self.size)
+
+    @property
+    def takes_density(self) -> bool:
+        """Whether a budget says how much is free."""
+        return self.budget is not None
 
     def grid(self, in_size: int, out_size: int) -> tuple[int, int, int, int]:
         """Rows and columns of a block, and of the grid of blocks."""

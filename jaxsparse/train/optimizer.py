@@ -150,8 +150,9 @@ def make_method(
         options["inner"] = inner_optimizer(inner, steps, scaled="learning_rate" not in takes)
     else:
         options |= _options_without_inner(config.method, inner, steps)
-        if options.get("total_steps", steps) is None:
-            options["total_steps"] = steps
+    # The run knows its length; chains ask for it only together with their number.
+    if options.get("total_steps", steps) is None and options.get("chains", 1) is not None:
+        options["total_steps"] = steps
     return constructor(
         targets=stacked_targets(params, config.targets),
         seed=config.run.seed,

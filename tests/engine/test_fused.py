@@ -212,3 +212,43 @@ def test_what_runs_in_the_reference_engine_only_says_so() -> None:
     tuner = js.fuse(loss, js.neuroada(optax.adam(0.1), select="gradient", targets="w"))
     with pytest.raises(js.InputError, match=r"one backward pass cannot; pick the support by js\.calibrate"):
         tuner.init({"w": jnp.ones((3, 4))})
+
+
+CALIBRATED: list[tuple[str, dict[str, Any]]] = [
+    ("gallop", {"density": 0.1}),
+    ("smt", {"blocks": 5, "size": 5, "calibration_steps": 1}),
+    (
+        "s2ft",
+        {
+            "output": None,
+            "down": None,
+            "score": "gradient",
+            "targets": [
+                js.Target("layers/.*", stack_axes=(0,), subspace=js.subspaces.Slices(1, group=2)),
+                js.Target("head", subspace=js.subspaces.Slices(2, axis="output")),
+            ],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CALIBRATED, ids=lambda value: value if isinstance(value, str) else None)
+def test_calibrated_supports_are_trained_as_by_the_reference_engine(
+    name: str, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """Units that compete over all matrices leave some of them with fewer slots than others."""
+    params, loss, batches = problem(rng)
+    method = getattr(js, name)(optax.adam(0.02), **{"targets": TARGETS, **options})
+    method = js.with_support(method, js.calibrate(loss, params, batches[:1], method))
+    reference, fused = (
+        ReferenceTuner(lambda p, b: (loss(p, b), {"tokens": jnp.ones(())}), method),
+        js.fuse(loss, method),
+    )
+    expected, found = reference.init(params), fused.init(params)
+    for batch in batches[1:5]:
+        expected, _ = reference.step(expected, batch)
+        found, _ = fused.step(found, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.params, expected.params)
+    moved = [np.not_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (expected.params, params)), strict=True)]
+    same = [np.not_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found.params, params)), strict=True)]
+    assert all(np.array_equal(a, b) for a, b in zip(moved, same, strict=True))

@@ -273,6 +273,8 @@ def test_neuroada_with_all_inputs_is_full_training(rng: np.random.Generator) -> 
     [
         (lambda: js.neuroada(k=0), "k, the inputs of every neuron"),
         (lambda: js.cla(rank=0), "number of slices must be at least 1"),
+        (lambda: js.cla(rank=2, alpha=-1.0), "alpha must be a positive number, got -1"),
+        (lambda: js.cla(rank=0, alpha=1.0), "rank must be at least 1, got 0"),
         (lambda: js.c3la(rank=2), "give chain_every, or total_steps and chains"),
         (lambda: js.c3la(rank=2, total_steps=5), "give chain_every, or total_steps and chains"),
         (lambda: js.c3la(rank=2, total_steps=5, chains=6), "chains must lie between 1 and total_steps=5"),
@@ -281,6 +283,8 @@ def test_neuroada_with_all_inputs_is_full_training(rng: np.random.Generator) -> 
         (lambda: js.gallop(density=0.1, epsilon=0.0), "epsilon must be positive"),
         (lambda: js.saft(calibration_steps=0), "saft needs gradients"),
         (lambda: js.saft(density=2.0), "density must lie in"),
+        (lambda: js.saft(budget=0.1), "None for the other; got density=0.001 and budget=0.1"),
+        (lambda: js.shira(rank=0), "rank must be at least 1, got 0"),
         (lambda: js.shira(rank=9, targets="k").init({"k": jnp.ones((4, 4))}), "rank=9 frees 72 entries of k"),
         (
             lambda: js.gallop(density=0.1, gradients={"other": jnp.ones((4, 4))}, targets="k").update(
@@ -299,3 +303,33 @@ def test_neuroada_with_all_inputs_is_full_training(rng: np.random.Generator) -> 
 def test_bad_options_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(js.InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: js.cla(rank=2.5), "slices"),
+        (lambda: js.r_cla(rank=2, alpha="16"), "alpha"),
+        (lambda: js.c3la(rank=2, chain_every=2.5), "chain_every"),
+        (lambda: js.neuroada(k=1.5), "k, the inputs"),
+        (lambda: js.gallop(density=0.1, calibration_steps=1.5), "calibration_steps"),
+        (lambda: js.lora_ga(optax.adam(0.1), calibration_steps=1.5), "calibration_steps"),
+        (lambda: js.lisa(layers=1.5), "layers"),
+        (lambda: js.smt(blocks=1.5), "blocks"),
+    ],
+)
+def test_counts_are_whole_numbers(make: Callable[[], Any], name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        make()
+
+
+@pytest.mark.parametrize("constructor", [js.shira, js.neuroada, js.cla, js.super_tuning])
+def test_a_density_that_a_method_has_no_use_for_is_an_error(constructor: Callable[..., Any]) -> None:
+    options = {} if constructor is js.super_tuning else {"rank" if constructor is not js.neuroada else "k": 1}
+    tx = constructor(targets=js.Target("k", density=0.25), **options)
+    params = {"k": jnp.ones((4, 4))}
+    if constructor is js.super_tuning:
+        assert tx.init(params).support["k"].shape == (1, 4)
+        return
+    with pytest.raises(js.InputError, match=r"js.Target of k asks for density=0.25"):
+        tx.init(params)

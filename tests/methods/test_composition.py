@@ -144,3 +144,80 @@ def test_global_slots_follow_their_entries_when_picked_again(rng: np.random.Gene
         moved = np.concatenate([np.ravel(updates["a"]), np.ravel(updates["b"])])
         np.testing.assert_allclose(moved, -trace, rtol=1e-6)
     assert isinstance(state.support, GlobalSupport)
+
+
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_activations_score_entries_of_any_subspace(by_weight: bool, rng: np.random.Generator) -> None:
+    """An entry's activation is that of its input."""
+    params, gradient = trees(rng, 2)
+    activation = rng.uniform(size=6).astype(np.float32)
+    scores = np.broadcast_to(activation[:, None], (6, 4))
+    scores = scores * np.abs(params["kernel"]) if by_weight else scores
+    for subspace, expected in (
+        (
+            js.subspaces.Coordinates(js.subspaces.Budget(density=0.25)),
+            np.argsort(-scores, axis=None, kind="stable")[:6],
+        ),
+        (js.subspaces.Neurons(2), (np.argsort(-scores, axis=0, kind="stable")[:2] * 4 + np.arange(4)).ravel()),
+        (js.subspaces.Blocks(1, size=2), [np.argmax(scores.reshape(3, 2, 2, 2).mean(axis=(1, 3)))]),
+    ):
+        tx = js.subspace_descent(
+            subspace=subspace,
+            score=js.select.WEIGHT_ACTIVATION if by_weight else js.select.ACTIVATION,
+            given={"activation": {"kernel": activation}},
+            targets="kernel",
+        )
+        _, state = tx.update(gradient, tx.init(params), params)
+        np.testing.assert_array_equal(np.sort(np.ravel(state.support["kernel"])), np.sort(expected))
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"subspace": "coordinates"}, TypeError, "subspace must be such as"),
+        ({"score": "gradient"}, TypeError, "score must be such as"),
+        ({"schedule": 5}, TypeError, "schedule must be such as"),
+        ({"sees": "w"}, js.InputError, "sees must be"),
+        ({"given": {"gradients": {}}}, js.InputError, "given may hold"),
+        (
+            {"targets": js.Target("kernel", subspace="slices")},
+            TypeError,
+            "js.Target of kernel has the subspace 'slices'",
+        ),
+    ],
+)
+def test_choices_of_another_kind_are_errors_before_the_first_step(
+    choice: dict[str, Any], error: Any, message: str
+) -> None:
+    choices = {"subspace": js.subspaces.Slices(1), "score": js.select.GRADIENT, "targets": "kernel"} | choice
+    with pytest.raises((error, TypeError), match=message):  # jaxtyping may be the first to complain
+        js.subspace_descent(**choices).init({"kernel": jnp.ones((6, 4))})
+
+
+def test_scores_and_schedules_are_checked(rng: np.random.Generator) -> None:
+    with pytest.raises(js.InputError, match="exactly one of entries, draw and factors"):
+        js.select.Score("nothing")
+    with pytest.raises(js.InputError, match="needs 'gradients'"):
+        js.select.Score("typo", lambda entries: entries.gradient, needs=("gradients",))
+    with pytest.raises(js.InputError, match="at least 1, got 0"):
+        js.select.Every(0)
+    half = js.select.Score("half", lambda entries: entries.gradient[:, :3], needs=("gradient",))
+    params, gradient = trees(rng, 2)
+    with pytest.raises(js.InputError, match=r"score half has shape \(1, 3, 4\) for kernel"):
+        js.subspace_descent(subspace=js.subspaces.Slices(1), score=half, targets="kernel").init(params)
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [([24], "from 0 to 23, got 24..24"), ([-1], "from 0 to 23"), ([1, 1], "names a unit twice"), ([1.5], "whole")],
+)
+def test_a_support_names_units_that_exist_once(support: list, message: str) -> None:
+    tx = js.fixed_mask(density=len(support) / 24, targets="kernel")
+    with pytest.raises(js.InputError, match=message):
+        js.with_support(tx, {"kernel": support}).init({"kernel": jnp.ones((6, 4))})
+
+
+def test_global_slots_have_one_dtype() -> None:
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2), jnp.bfloat16)}
+    with pytest.raises(js.InputError, match="targets of one dtype, got {'a': 'float32', 'b': 'bfloat16'}"):
+        js.saft(optax.adam(0.1), density=0.5, targets=".*").init(params)

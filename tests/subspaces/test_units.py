@@ -93,7 +93,7 @@ def test_values_stay_with_their_units(seed: int, stack: int, k: int, width: int)
     ("make", "message"),
     [
         (lambda: Neurons(0), "k, the inputs of every neuron"),
-        (lambda: Neurons(1, neurons=0.0), "neurons, the share of neurons with free inputs, must lie in"),
+        (lambda: Neurons(1, neurons=0.0), "neurons must lie in"),
         (lambda: Neurons(7).counts(resolve(np.ones(SHAPE))[0], 96), "more than the 6 inputs of w"),
         (lambda: Slices(), "exactly one of"),
         (lambda: Slices(0), "at least 1"),

@@ -19,6 +19,7 @@ STEPS = 6
     [
         ("gasdu", {"density": 0.5, "refresh_every": "adaptive:1:2:2"}),
         ("c3la", {"rank": 1, "chain_every": 2}),
+        ("c3la", {"rank": 1, "chains": 3}),  # the run knows total_steps
         ("lisa", {"layers": 1, "every": 2}),
     ],
 )
