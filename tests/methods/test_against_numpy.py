@@ -305,24 +305,6 @@ def test_bad_options_are_named(make: Callable[[], Any], message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: js.cla(rank=2.5), "slices"),
-        (lambda: js.r_cla(rank=2, alpha="16"), "alpha"),
-        (lambda: js.c3la(rank=2, chain_every=2.5), "chain_every"),
-        (lambda: js.neuroada(k=1.5), "k, the inputs"),
-        (lambda: js.gallop(density=0.1, calibration_steps=1.5), "calibration_steps"),
-        (lambda: js.lora_ga(optax.adam(0.1), calibration_steps=1.5), "calibration_steps"),
-        (lambda: js.lisa(layers=1.5), "layers"),
-        (lambda: js.smt(blocks=1.5), "blocks"),
-    ],
-)
-def test_counts_are_whole_numbers(make: Callable[[], Any], name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        make()
-
-
 @pytest.mark.parametrize("constructor", [js.shira, js.neuroada, js.cla, js.super_tuning])
 def test_a_density_that_a_method_has_no_use_for_is_an_error(constructor: Callable[..., Any]) -> None:
     options = {} if constructor is js.super_tuning else {"rank" if constructor is not js.neuroada else "k": 1}

@@ -174,10 +174,6 @@ def test_activations_score_entries_of_any_subspace(by_weight: bool, rng: np.rand
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [
-        ({"subspace": "coordinates"}, TypeError, "subspace must be such as"),
-        ({"score": "gradient"}, TypeError, "score must be such as"),
-        ({"schedule": 5}, TypeError, "schedule must be such as"),
-        ({"sees": "w"}, js.InputError, "sees must be"),
         ({"given": {"gradients": {}}}, js.InputError, "given may hold"),
         (
             {"targets": js.Target("kernel", subspace="slices")},
@@ -190,7 +186,7 @@ def test_choices_of_another_kind_are_errors_before_the_first_step(
     choice: dict[str, Any], error: Any, message: str
 ) -> None:
     choices = {"subspace": js.subspaces.Slices(1), "score": js.select.GRADIENT, "targets": "kernel"} | choice
-    with pytest.raises((error, TypeError), match=message):  # jaxtyping may be the first to complain
+    with pytest.raises(error, match=message):
         js.subspace_descent(**choices).init({"kernel": jnp.ones((6, 4))})
 
 
@@ -202,7 +198,7 @@ def test_scores_and_schedules_are_checked(rng: np.random.Generator) -> None:
     with pytest.raises(js.InputError, match="at least 1, got 0"):
         js.select.Every(0)
     half = js.select.Score("half", lambda entries: entries.gradient[:, :3], needs=("gradient",))
-    params, gradient = trees(rng, 2)
+    params = trees(rng, 1)[0]
     with pytest.raises(js.InputError, match=r"score half has shape \(1, 3, 4\) for kernel"):
         js.subspace_descent(subspace=js.subspaces.Slices(1), score=half, targets="kernel").init(params)
 
@@ -219,5 +215,5 @@ def test_a_support_names_units_that_exist_once(support: list, message: str) -> N
 
 def test_global_slots_have_one_dtype() -> None:
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2), jnp.bfloat16)}
-    with pytest.raises(js.InputError, match="targets of one dtype, got {'a': 'float32', 'b': 'bfloat16'}"):
+    with pytest.raises(js.InputError, match=r"targets of one dtype, got {'a': 'float32', 'b': 'bfloat16'}"):
         js.saft(optax.adam(0.1), density=0.5, targets=".*").init(params)

@@ -277,7 +277,7 @@ WRONG = {"h/0/mlp/c_proj/kernel": jnp.ones(7)}
         (lambda: js.s2ft(down=1.5), r"down must lie in \(0, 1\], got 1.5"),
         (lambda: js.s2ft(head_size=0), "head_size must be at least 1, got 0"),
         (lambda: js.s2ft(calibration_steps=2), "calibration_steps=2 serve score='gradient' alone"),
-        (lambda: js.s2ft(score="gradient", calibration_steps=-1), "calibration_steps must not be negative"),
+        (lambda: js.s2ft(score="gradient", calibration_steps=-1), "calibration_steps must be at least 0, got -1"),
         (lambda: js.s2ft(output=None, down=None), "output, down, query.* are None"),
         (lambda: js.s2ft().init(MLP), "^output, down: the model has no such projection; known are modules with q_proj"),
         (lambda: js.s2ft(targets=".*").init(MLP), "target Dense_0/kernel is no projection that is trained"),
