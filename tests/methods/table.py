@@ -62,7 +62,7 @@ class Row:
     @property
     def static(self) -> tuple[str, ...]:
         """What `optax.inject_hyperparams` must leave alone."""
-        shapes = {*self.options, "density", "budget", "targets", "epsilon", "gradients"} - {*self.injectable}
+        shapes = {*self.options, "density", "budget", "neurons", "targets", "epsilon", "gradients"} - {*self.injectable}
         return tuple(shapes & {*inspect.signature(self.constructor).parameters})
 
 
