@@ -14,8 +14,9 @@ from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
 from jaxsparse.select.scores import score_dtype
+from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import ResolvedTarget
-from jaxsparse.subspaces.units import Blocks, Coordinates, Everything, Neurons, Slices
+from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices
 
 __all__ = ["Backward", "picks_in_backward", "slot_gradients"]
 

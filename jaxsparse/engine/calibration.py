@@ -93,7 +93,7 @@ def calibrate(
 
 
 def with_support(method: optax.GradientTransformation, support: Any) -> SubspaceTransformation:
-    """Returns the method with its support given, in place of being picked.
+    """Returns the method with its support given, in place of being picked; it stays, whatever the method's schedule.
 
     Args:
         method: what a constructor returned.

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
+from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import MatrixView
-from jaxsparse.subspaces.units import Blocks, Coordinates, Everything, Neurons, Slices, Units
+from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units
 
 __all__ = ["commit_slots", "entry_index", "read_slots"]
 

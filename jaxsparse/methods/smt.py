@@ -12,9 +12,9 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import Description, Scope, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
 from jaxsparse.select.scores import SIGNED_GRADIENT
+from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import ResolvedTarget, Targets
-from jaxsparse.subspaces.units import Blocks
 
 __all__ = ["smt"]
 

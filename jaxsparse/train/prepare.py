@@ -13,7 +13,8 @@ from jaxsparse.data.batches import batches, steps_per_epoch
 from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
-from jaxsparse.engine.description import SubspaceTransformation
+from jaxsparse.engine.calibration import calibrate, with_support
+from jaxsparse.engine.description import Description, SubspaceTransformation
 from jaxsparse.evaluate.held_out import HeldOut, encode_held_out
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
@@ -76,13 +77,31 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     examples = encode_rows(train_rows, base.tokenizer, train_on=rows.train_on, **options)
     steps = _steps(config, examples)
     method = make_method(config, base.params, steps, base.config.head_dim)
-    jax.eval_shape(method.init, base.params)  # complains about targets and budgets
     model, held_out = LanguageModel(base.config, config.base.remat), None
+    method = _calibrated(method, model, base.params, config, examples)
+    jax.eval_shape(method.init, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]
         held_out = encode_held_out(model, base.tokenizer, measured, max_new_tokens=rows.max_new_tokens, **options)
     data = batches(examples, seed=run.seed, **_batching(rows))
     return Job(config, base, base.tokenizer, model, method, data, steps, held_out)
+
+
+def _calibrated(
+    method: SubspaceTransformation,
+    model: LanguageModel,
+    params: Any,
+    config: FinetuneConfig,
+    examples: Sequence[Example],
+) -> SubspaceTransformation:
+    """The method, with its support picked by activations if it wants them: over 1 % of the data (S2FT, section 5)."""
+    description = method.description
+    if not isinstance(description, Description) or "activation" not in description.score.needs:
+        return method
+    batching = {"seed": config.run.seed, **_batching(config.rows)}
+    data, steps = batches(examples, **batching), steps_per_epoch(examples, epoch=0, **batching)
+    calibration_set = [next(data) for _ in range(max(1, round(0.01 * steps)))]
+    return with_support(method, calibrate(model.loss, params, calibration_set, method))
 
 
 def _check_run(run: RunConfig) -> None:

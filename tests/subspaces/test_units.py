@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsparse as js
+from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import resolve_targets
-from jaxsparse.subspaces.units import Blocks, Coordinates, Everything, Neurons, Slices, Units, follow
+from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units, follow
 
 SHAPE = (2, 6, 8)
 UNITS = {

@@ -1,0 +1,242 @@
+"""What a training step costs, method by method: all interleaved in one process, medians over rounds.
+
+`floor` is the forward pass and the backward pass to the first layer with no gradient of any target: it differentiates
+with respect to the scales of the layers' norms, which costs a sum over tokens each. No method that trains the first
+layer can be faster.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich import filesize
+from rich.console import Console
+from rich.table import Table
+
+import jaxsparse as js
+from jaxsparse.cli.arguments import parse
+from jaxsparse.common.files import atomic_write_text
+from jaxsparse.common.progress import progress
+from jaxsparse.data.batches import Batch
+from jaxsparse.engine.tuner import ReferenceTuner
+from jaxsparse.models.checkpoints import load_config
+from jaxsparse.models.functional import LanguageModel
+
+DENSITIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class StepCostConfig:
+    """Measures training steps of a model's shape with random weights and tokens.
+
+    Example: python -m experiments.step_cost --model smollm2-135m --tokens 512 --json step_cost.json
+    """
+
+    model: str = "smollm2-135m"
+    """A folder, a config.json, or a known name; no weights are read."""
+    tokens: int = 512
+    """Tokens of a batch, in one sequence."""
+    rounds: int = 7
+    """How often every step is timed; interleaved."""
+    only: tuple[str, ...] = ()
+    """Names of cases to measure; all by default. The floor is always among them."""
+    json: Path | None = None
+    """Where to write the rows as JSON."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured step.
+
+    Attributes:
+        name: the method, or `floor`.
+        engine: "fused", "reference" or "".
+        density: free coordinates / a target's size, where the method has one.
+        step: "plain", or "refresh" where every step picks a support.
+        median_s: median time of a step.
+        spread_s: half the distance between the quartiles.
+        peak_bytes: of the compiled step: arguments, outputs and temporaries, donated ones once.
+        state_bytes: of the method's state.
+    """
+
+    name: str
+    engine: str
+    density: float | None
+    step: str
+    median_s: float
+    spread_s: float
+    peak_bytes: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to be timed.
+
+    Attributes:
+        name: as in `Row`.
+        engine: as in `Row`.
+        density: as in `Row`.
+        step: as in `Row`.
+        tuner: from nothing to what has `init(params)` and a jitted, donating `step(state, batch)`.
+    """
+
+    name: str
+    engine: str
+    density: float | None
+    step: str
+    tuner: Callable[[], Any]
+
+
+class Floor:
+    """Forward and backward to the first layer, and no gradient of any target.
+
+    Args:
+        loss_fn: (params, batch) -> (loss, aux).
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Any]) -> None:
+        def step(params: Any, batch: Any) -> tuple[Any, Any]:
+            leaves, structure = jax.tree.flatten(params)
+            norms = [at for at, leaf in enumerate(leaves) if leaf.ndim == 2 and leaf.shape[0] != max(leaf.shape)]
+
+            def of_norms(scales: list[jax.Array]) -> jax.Array:
+                replaced = list(leaves)
+                for at, scale in zip(norms, scales, strict=True):
+                    replaced[at] = scale
+                return loss_fn(jax.tree.unflatten(structure, replaced), batch)[0]
+
+            return params, jax.value_and_grad(of_norms)([leaves[at] for at in norms])
+
+        self.step = jax.jit(step, donate_argnums=0)
+
+    def init(self, params: Any) -> Any:
+        """Returns a copy of the parameters: what the step takes and gives back."""
+        return jax.tree.map(jax.numpy.copy, params)
+
+
+def cases(model: LanguageModel, only: Sequence[str]) -> list[Case]:
+    """Returns the steps to measure on a model."""
+
+    def fused(method: Any) -> Callable[[], Any]:
+        return lambda: js.fuse(model.loss, method, has_aux=True)
+
+    def reference(method: Any) -> Callable[[], Any]:
+        return lambda: ReferenceTuner(model.loss, method)
+
+    adam = optax.adam(1e-4)
+    found = [
+        Case("floor", "", None, "plain", lambda: Floor(model.loss)),
+        Case("full", "reference", None, "plain", reference(js.full(optax.adamw(1e-5)))),
+        Case("lora", "fused", None, "plain", fused(js.lora(adam, rank=8))),
+        Case("gasdu", "reference", 1e-4, "plain", reference(js.gasdu(adam, density=1e-4, refresh_every=10**6))),
+    ]
+    for density in DENSITIES:
+        plain = js.gasdu(adam, density=density, refresh_every=10**6)
+        found.append(Case("gasdu", "fused", density, "plain", fused(plain)))
+    refresh = js.gasdu(adam, density=1e-4, refresh_every=1)
+    found.append(Case("gasdu", "fused", 1e-4, "refresh", fused(refresh)))
+    seven = [
+        js.Target(r"layers/self_attn/._proj/kernel", stack_axes=(0,)),
+        js.Target(r"layers/mlp/.*_proj/kernel", stack_axes=(0,)),
+    ]
+    found += [
+        Case(f"neuroada k={k}", "fused", None, "plain", fused(js.neuroada(adam, k=k, targets=seven))) for k in (1, 20)
+    ]
+    s2ft = js.s2ft(adam, head_size=model.config.head_dim)
+    found += [
+        Case("s2ft", "fused", None, "plain", fused(s2ft)),
+        Case("paca r=16", "fused", None, "plain", fused(js.paca(adam, rank=16))),
+    ]
+    return [case for case in found if not only or case.name == "floor" or case.name in only]
+
+
+def batch(model: LanguageModel, tokens: int) -> Batch:
+    """Returns random tokens, all of which count."""
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens + 1)).astype(np.int32)
+    ones, places = np.ones((1, tokens), np.float32), np.arange(tokens, dtype=np.int32)[None]
+    return Batch(ids[:, :-1], ids[:, 1:], ones, places, np.ones((1, tokens), np.int32))
+
+
+def measure(model: LanguageModel, found: Sequence[Case], data: Batch, rounds: int) -> list[Row]:
+    """Compiles all steps, then times them in turns."""
+    params = model.init(jax.random.key(0))
+    steps, states, peaks, sizes = [], [], [], []
+    with progress("compiling", len(found)) as advance:
+        for case in found:
+            tuner = case.tuner()
+            state = tuner.init(params)
+            sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(getattr(state, "method", ()))))
+            compiled = tuner.step.lower(state, data).compile()
+            peaks.append(_peak_bytes(compiled))
+            state, _ = compiled(state, data)  # picks the first support, and warms up
+            steps.append(compiled)
+            states.append(state)
+            advance(1, case.name)
+    times: list[list[float]] = [[] for _ in found]
+    with progress("timing", rounds) as advance:
+        for _ in range(rounds):
+            for number, step in enumerate(steps):
+                start = time.perf_counter()
+                states[number], _ = jax.block_until_ready(step(states[number], data))
+                times[number].append(time.perf_counter() - start)
+            advance(1)
+    return [
+        Row(case.name, case.engine, case.density, case.step, *_median_and_spread(seconds), peak, size)
+        for case, seconds, peak, size in zip(found, times, peaks, sizes, strict=True)
+    ]
+
+
+def _peak_bytes(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
+    both = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(both + memory.temp_size_in_bytes)
+
+
+def _median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
+    low, middle, high = np.percentile(seconds, (25, 50, 75))
+    return float(middle), float(high - low) / 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures, prints the table, and writes the rows."""
+    config = parse(lambda given: StepCostConfig, "python -m experiments.step_cost", arguments)
+    model = LanguageModel(load_config(config.model))
+    rows = measure(model, cases(model, config.only), batch(model, config.tokens), config.rounds)
+    Console().print(_table(rows))
+    if config.json is not None:
+        atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    """Times, and their ratios to the floor and to full fine-tuning."""
+    medians = {row.name: row.median_s for row in rows}
+    table = Table("step", "engine", "density", "s", "/ floor", "/ full", "peak GB", "state")
+    for row in rows:
+        ratios = [f"{row.median_s / medians[other]:.2f}" if other in medians else "" for other in ("floor", "full")]
+        density = "" if row.density is None else f"{row.density:g}"
+        seconds = f"{row.median_s:.3f} ± {row.spread_s:.3f}"
+        name = row.name if row.step == "plain" else f"{row.name}, {row.step}"
+        table.add_row(
+            name,
+            row.engine,
+            density,
+            seconds,
+            *ratios,
+            f"{row.peak_bytes / 1e9:.2f}",
+            filesize.decimal(row.state_bytes),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
