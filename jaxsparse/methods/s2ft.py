@@ -72,7 +72,8 @@ def s2ft(
             width, out) do. A run from the command line takes it from the model's configuration.
         score: what picks a slice: "random" (R, the paper's default); "weight" (W), the 2-norm of the slice;
             "activation" (A), the 2-norm of the activation between the two sides of the structure over a calibration
-            set; "product" (S), W times A; "gradient" (G), the 2-norm of the slice's mean gradient.
+            set (a run from the command line takes 1 % of its data); "product" (S), W times A; "gradient" (G), the
+            2-norm of the slice's mean gradient.
         which: whether the "large" or the "small" scores are picked; means nothing to "random". Small activations were
             best in the paper.
         calibration_steps: for score "gradient": so many first updates change nothing; the mean of their gradients

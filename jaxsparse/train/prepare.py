@@ -94,7 +94,7 @@ def _calibrated(
     config: FinetuneConfig,
     examples: Sequence[Example],
 ) -> SubspaceTransformation:
-    """The method, with its support picked by activations if it wants them: over 1 % of the data (S2FT, section 5)."""
+    """The method, with its support picked by activations if it wants them: over 1 % of the data, as S2FT's paper."""
     description = method.description
     if not isinstance(description, Description) or "activation" not in description.score.needs:
         return method

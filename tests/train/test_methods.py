@@ -17,7 +17,7 @@ OPTIONS = {
     **dict.fromkeys(("cola", "rac_lora"), ("--rank", "2", "--chain-every", "5")),
     "shira": ("--rank", "1"),
     "lisa": ("--layers", "1", "--every", "5"),
-    "s2ft": ("--output", "0.25", "--down", "0.1"),
+    "s2ft": ("--output", "0.25", "--down", "0.1", "--score", "product"),
     "smt": ("--blocks", "6", "--size", "8", "--calibration-steps", "2"),
     "spiel": ("--reselect-every", "4", "--accumulation-steps", "2"),
 }
