@@ -17,6 +17,12 @@ from jaxsparse.models.checkpoints import save
 from jaxsparse.models.configs import LlamaConfig
 from jaxsparse.models.functional import LanguageModel
 
+# What takes most of the suite's time is compiling, and what is compiled runs for moments: LLVM need not try hard. It
+# is read when the first array is made, here or in a process that a test starts.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+).strip()
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -1,6 +1,6 @@
 """Reading slots out of weights and writing them back in place, without a copy of any weight."""
 
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import jax
 import jax.numpy as jnp
@@ -103,14 +103,24 @@ def commit_slots(
     """
     if isinstance(units, Everything):
         return view.weight(units.join(values, view))
-    # Bits, and not numbers: XLA on CPU does not keep all narrow floats in a scatter.
-    bits = jax.lax.bitcast_convert_type(weight, f"uint{8 * weight.dtype.itemsize}")
-    new = jax.lax.bitcast_convert_type(values, bits.dtype)
+    if weight.dtype.itemsize >= 4:
+        return _put(units, view, weight, support, values)
+    return jax.lax.platform_dependent(
+        *(weight, support, values), cpu=partial(_put_bits, units, view), default=partial(_put, units, view)
+    )
+
+
+def _put(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:
     if _lies_in_rows(units, view):
-        cut = units.cut(view.matrices(bits))
-        bits = cut.at[_stack(support), support].set(new, unique_indices=True).reshape(weight.shape)
-    else:
-        index = view.place(entry_index(units, view, support))
-        flat = bits.reshape(view.stack, view.size)
-        bits = flat.at[_stack(index), index].set(new, mode="drop", unique_indices=True).reshape(weight.shape)
-    return jax.lax.bitcast_convert_type(bits, weight.dtype)
+        cut = units.cut(view.matrices(weight))
+        return cut.at[_stack(support), support].set(values, unique_indices=True).reshape(weight.shape)
+    index = view.place(entry_index(units, view, support))
+    flat = weight.reshape(view.stack, view.size)
+    return flat.at[_stack(index), index].set(values, mode="drop", unique_indices=True).reshape(weight.shape)
+
+
+def _put_bits(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:
+    """The same by bits: XLA on CPU widens narrow floats in a scatter, and does not keep all of them."""
+    bits = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    return jax.lax.bitcast_convert_type(_put(units, view, as_bits(weight), support, as_bits(values)), weight.dtype)

@@ -171,7 +171,7 @@ def contract(
 
 def _overlaid(weight: SlottedWeight, product: _Product, side: str, values: Array) -> Array:
     """The product with the weight as it stands, and what the slots add to it; JAX differentiates the latter."""
-    plain = product.of(values, lax.stop_gradient(weight.base))
+    plain = product.of(values, weight.base)
     term = _over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
     added = term(weight.slots, _values_matrix(weight, product, side, values))
     total = plain + _as_output(weight, added, plain, side).astype(plain.dtype)

@@ -176,8 +176,9 @@ def test_a_matrix_that_is_used_twice_cannot_be_picked_by_its_gradient(rng: np.ra
     tuner = js.fuse(twice, js.gasdu(optax.sgd(0.1), density=0.1, targets=TARGETS))
     with pytest.raises(UnsupportedUseError, match="weight head through several products with one matrix"):
         tuner.step(tuner.init(params), batches[0])
-    fixed = js.fuse(twice, js.neuroada(optax.sgd(0.1), k=1, targets=TARGETS))  # sums of gradients are gradients
-    expected = ReferenceTuner(lambda p, b: (twice(p, b), {"tokens": jnp.ones(())}), fixed.method)
+    method = js.neuroada(optax.sgd(0.1), k=1, targets=TARGETS)
+    fixed = js.fuse(twice, method)  # sums of gradients are gradients
+    expected = ReferenceTuner(lambda p, b: (twice(p, b), {"tokens": jnp.ones(())}), method)
     found, _ = fixed.step(fixed.init(params), batches[0])
     told, _ = expected.step(expected.init(params), batches[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.params, told.params)

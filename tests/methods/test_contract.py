@@ -224,7 +224,7 @@ def test_inner_schedule_equals_constant(row: Row, rng: np.random.Generator) -> N
     rate = optax.constant_schedule(0.05)
     scheduled = row.constructor(rate if row.own else optax.adam(rate), **row.options, targets=row.targets)
     constant = compiled(row.name, "adam")
-    for init, update in ((constant.init, constant.update), (scheduled.init, jax.jit(scheduled.update))):
+    for init, update in ((constant.init, constant.update), (jax.jit(scheduled.init), jax.jit(scheduled.update))):
         current, state = params, init(params)
         for _ in range(5):
             updates, state = update(jax.grad(loss)(current), state, current)

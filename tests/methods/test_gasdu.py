@@ -248,7 +248,7 @@ def test_retention_sums_over_targets_and_its_mean_is_over_matrices(rng: np.rando
         ({"density": float("nan")}, ValueError, "density must lie in"),
         ({"budget": -1e-4}, ValueError, "budget must lie in"),
         ({}, ValueError, "exactly one of density"),
-        ({"density": 0.1, "budget": 0.1}, ValueError, "both"),
+        ({"density": 0.1, "budget": 0.1}, ValueError, "got density=0.1 and budget=0.1"),
         ({"density": 0.1, "refresh_every": 0}, ValueError, "refresh_every must be at least 1"),
     ],
 )

@@ -1,0 +1,112 @@
+"""The compiled step of the fused engine holds no buffer as large as a target that the floor does not hold too.
+
+The floor is forward and backward with no gradient of any target; steps are written into donated weights in place.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse as js
+from jaxsparse.data.batches import Batch
+from jaxsparse.engine.tuner import ReferenceTuner
+from jaxsparse.models.configs import LlamaConfig
+from jaxsparse.models.functional import LanguageModel
+
+# No two sizes are equal, so that a shape tells a weight.
+CONFIG = LlamaConfig(
+    vocab_size=97, hidden_size=40, intermediate_size=72, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=14
+)
+TOKENS = 24
+NOT_BUFFERS = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "constant"}
+
+
+def large_buffers(compiled: Any, shapes: set[tuple[int, ...]]) -> set[tuple[str, tuple[int, ...]]]:
+    """(operation, shape) of everything in optimised HLO that has one of the shapes and memory of its own."""
+    text = compiled.as_text()
+    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    fused = set(re.findall(r"calls=%?([\w.\-]+)", text)) | set(re.findall(r"to_apply=%?([\w.\-]+)", text))
+    found = set()
+    for name, body in {**bodies, "entry": text[text.index("\nENTRY") :]}.items():
+        if name in fused:
+            continue
+        for dims, operation, rest in re.findall(r" = \w+\[([\d,]*)\]\S* ([\w\-]+)\((.*)", body):
+            shape = tuple(int(size) for size in dims.split(",") if size)
+            inner = bodies.get("".join(re.findall(r"calls=%?([\w.\-]+)", rest)), "")
+            # What is written into had memory before: where that is new, the operation that made it is found.
+            writes = ("scatter", "dynamic-update-slice")
+            in_place = operation in writes or any(f" {write}(" in inner for write in writes)
+            if shape in shapes and operation not in NOT_BUFFERS and not in_place:
+                found.add((operation, shape))
+    return found
+
+
+def shapes_of(params: Any, paths: tuple[str, ...]) -> set[tuple[int, ...]]:
+    """The shapes of the targets: a layer or the stack, either orientation, or flat."""
+    found: set[tuple[int, ...]] = set()
+    for group in paths:
+        for name, leaf in params["layers"][group].items():
+            if name.endswith("_proj"):
+                stack, inputs, outputs = leaf["kernel"].shape
+                for matrix in ((inputs, outputs), (outputs, inputs), (inputs * outputs,)):
+                    found |= {matrix, (1, *matrix), (stack, *matrix)}
+                found.add((stack * inputs * outputs,))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOKENS + 1)).astype(np.int32)
+    ones, places = np.ones((1, TOKENS), np.float32), np.arange(TOKENS, dtype=np.int32)[None]
+    return Batch(ids[:, :-1], ids[:, 1:], ones, places, np.ones((1, TOKENS), np.int32))
+
+
+@pytest.fixture(scope="module")
+def floor(model: LanguageModel, batch: Batch) -> Any:
+    def step(params: Any, scale: jax.Array) -> Any:
+        layers = {**params["layers"], "input_layernorm": {"scale": scale}}
+        return model.loss({**params, "layers": layers}, batch)[0]
+
+    params = model.abstract()
+    return jax.jit(jax.grad(step, argnums=1)).lower(params, params["layers"]["input_layernorm"]["scale"]).compile()
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "gasdu": lambda: js.gasdu(optax.adam(1e-3), density=0.005),
+    "gasdu, dense": lambda: js.gasdu(optax.adam(1e-3), density=0.05),
+    "neuroada": lambda: js.neuroada(optax.adam(1e-3), k=1),
+    "paca": lambda: js.paca(optax.adam(1e-3), rank=3),
+    "s2ft": lambda: js.s2ft(optax.adam(1e-3), output=0.25, down=0.05, head_size=CONFIG.head_dim),
+    "cola": lambda: js.cola(optax.adam(1e-3), rank=3, chain_every=5),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_gradient_update_or_copy_of_a_target_exists(
+    name: str, model: LanguageModel, batch: Batch, floor: Any
+) -> None:
+    params = model.abstract()
+    shapes = shapes_of(params, ("self_attn", "mlp") if name == "s2ft" else ("self_attn",))
+    tuner = js.fuse(model.loss, METHODS[name](), has_aux=True)
+    compiled = tuner.step.lower(jax.eval_shape(tuner.init, params), batch).compile()
+    assert large_buffers(compiled, shapes) <= large_buffers(floor, shapes)
+
+
+def test_the_search_finds_a_dense_gradient(model: LanguageModel, batch: Batch, floor: Any) -> None:
+    """The reference engine has dense gradients, and the test would see them."""
+    params = model.abstract()
+    shapes = shapes_of(params, ("self_attn",))
+    tuner = ReferenceTuner(model.loss, js.gasdu(optax.adam(1e-3), density=0.005))
+    state = jax.eval_shape(lambda params: tuner.init(params), params)
+    compiled = tuner.step.lower(state, batch).compile()
+    assert not large_buffers(compiled, shapes) <= large_buffers(floor, shapes)
