@@ -78,8 +78,6 @@ def slot_gradients(
         wrapped: list[Any] = list(leaves)
         for target, probe, support in zip(targets, probes, supports, strict=True):
             wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, picks)
-        if picks:
-            check_used_once(loss_fn, params, batch, targets)
         return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
 
     def one(supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array, list[Any]]:
@@ -89,6 +87,8 @@ def slot_gradients(
         (loss, tokens), found = jax.value_and_grad(loss_of, has_aux=True)(probes, supports, due, batch)
         return loss, tokens, found
 
+    if picks:
+        check_used_once(loss_fn, params, _micro_batch_shapes(batch, micro_batches), targets)
     if micro_batches == 1:
         loss, tokens, found = one(supports, due, batch)
         return _unpacked(targets, loss, tokens, found, supports, picks)
@@ -109,24 +109,35 @@ def _accumulated(
     def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
         supports, due, sums = carry
         found = _unpacked(targets, *one(supports, due, micro_batch), supports, picks)
-        weighed = jax.tree.map(lambda leaf: leaf * found.tokens, (found.loss, found.gradients))
-        first = jax.tree.map(lambda old, new: jnp.where(due, new, old), sums[2], found.energies)
-        added = jax.tree.map(jnp.add, sums[:2], (*weighed[:1], weighed[1]))
-        return (found.supports, jnp.zeros_like(due), (*added, first, sums[3] + found.tokens)), None
+        loss, gradients, energies, tokens = sums
+        loss, gradients = jax.tree.map(
+            lambda total, leaf: total + leaf * found.tokens, (loss, gradients), (found.loss, found.gradients)
+        )
+        energies = jax.tree.map(lambda old, new: jnp.where(due, new, old), energies, found.energies)
+        return (found.supports, jnp.zeros_like(due), (loss, gradients, energies, tokens + found.tokens)), None
 
-    split = split_batch(batch, micro_batches)
     shapes = jax.eval_shape(
         lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), split),
+        _micro_batch_shapes(batch, micro_batches),
     )
     zeros = jax.tree.map(
         lambda shape: jnp.zeros(shape.shape, shape.dtype),
         (shapes.loss, shapes.gradients, shapes.energies, shapes.tokens),
     )
-    (supports, _, (loss, gradients, energies, tokens)), _ = jax.lax.scan(add, (supports, due, zeros), split)
+    (supports, _, (loss, gradients, energies, tokens)), _ = jax.lax.scan(
+        add, (supports, due, zeros), split_batch(batch, micro_batches)
+    )
     count = jnp.maximum(tokens, 1)
     means = [gradient / count for gradient in gradients]
     return Backward(loss / count, tokens, supports, means, energies)
+
+
+def _micro_batch_shapes(batch: Any, micro_batches: int) -> Any:
+    """The shapes of one micro-batch."""
+    if micro_batches == 1:
+        return jax.eval_shape(lambda batch: batch, batch)
+    split = jax.eval_shape(lambda batch: split_batch(batch, micro_batches), batch)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), split)
 
 
 def _wrap(
@@ -172,8 +183,7 @@ def _probe(target: ResolvedTarget, weight: Array, support: Array, picks: bool) -
         if not picks:
             return value
         return {"value": value, "row": value, "column": value, "energy": jnp.zeros((view.stack,), dtype)}
-    dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), dtype)
-    return jnp.zeros((*support.shape, *jax.eval_shape(units.cut, dense).shape[2:]), dtype)
+    return jnp.zeros((*support.shape, *units.shape(view)[2:]), dtype)
 
 
 def _unpacked(

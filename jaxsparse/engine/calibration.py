@@ -60,9 +60,7 @@ def calibrate(
         >>> tx = js.with_support(method, support)
     """
     description = _units_method(method)
-    calibration_set = list(batches)
-    if not calibration_set:
-        raise InputError("batches is empty: calibration needs at least one batch")
+    calibration_set = _not_empty(batches)
     places, empty, _ = description.start(params)
     needs = description.score.needs
     if "activation" in needs and not description.given.get("activation"):
@@ -117,6 +115,14 @@ def with_support(method: optax.GradientTransformation, support: Any) -> Subspace
     """
     description = _units_method(method)
     return reference_engine(replace(description, given={"support": support}, calibration_steps=0))
+
+
+def _not_empty(batches: Iterable[Any]) -> list[Any]:
+    """The calibration set as a list: it may be gone through several times."""
+    calibration_set = list(batches)
+    if not calibration_set:
+        raise InputError("batches is empty: calibration needs at least one batch")
+    return calibration_set
 
 
 def _units_method(method: optax.GradientTransformation) -> Description:
@@ -183,9 +189,7 @@ def collect_gradients(
                [3.]], dtype=float32)}
     """
     found = resolve_targets(params, targets)
-    calibration_set = list(batches)
-    if not calibration_set:
-        raise InputError("batches is empty: calibration needs at least one batch")
+    calibration_set = _not_empty(batches)
     with progress("collecting gradients", len(calibration_set)) as advance:
         means = _mean_gradients(loss_fn, params, calibration_set, found, advance)
     return {target.path: target.view.weight(mean) for target, mean in zip(found, means, strict=True)}
@@ -263,9 +267,7 @@ def collect_activations(
         >>> js.collect_activations(lambda p, x: jnp.sum(x @ p["w"]), {"w": jnp.ones((2, 1))}, [batch], "w")
         {'w': Array([[5., 1.]], dtype=float32)}
     """
-    calibration_set = list(batches)
-    if not calibration_set:
-        raise InputError("batches is empty: calibration needs at least one batch")
+    calibration_set = _not_empty(batches)
     return _activations(loss_fn, params, calibration_set, resolve_targets(params, targets))
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Num
 
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import MatrixView
-from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units
+from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units, matrix_numbers
 
 __all__ = ["commit_slots", "entry_index", "read_slots"]
 
@@ -62,10 +62,6 @@ def _lies_in_rows(units: Units, view: MatrixView) -> bool:
     return isinstance(units, Slices) and units.axis == "input" and view.is_in_order
 
 
-def _stack(support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
-    return jnp.arange(support.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (support.ndim - 1))
-
-
 def read_slots(
     units: Units, view: MatrixView, weight: Num[Array, "..."], support: Int[Array, "stack ..."]
 ) -> Num[Array, "stack ..."]:
@@ -82,7 +78,7 @@ def read_slots(
     if _lies_in_rows(units, view):
         return units.gather(view.matrices(weight), support)
     index = view.place(entry_index(units, view, support))
-    return weight.reshape(view.stack, view.size).at[_stack(index), index].get(mode="fill", fill_value=0)
+    return weight.reshape(view.stack, view.size).at[matrix_numbers(index), index].get(mode="fill", fill_value=0)
 
 
 def commit_slots(
@@ -113,10 +109,10 @@ def commit_slots(
 def _put(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:
     if _lies_in_rows(units, view):
         cut = units.cut(view.matrices(weight))
-        return cut.at[_stack(support), support].set(values, unique_indices=True).reshape(weight.shape)
+        return cut.at[matrix_numbers(support), support].set(values, unique_indices=True).reshape(weight.shape)
     index = view.place(entry_index(units, view, support))
     flat = weight.reshape(view.stack, view.size)
-    return flat.at[_stack(index), index].set(values, mode="drop", unique_indices=True).reshape(weight.shape)
+    return flat.at[matrix_numbers(index), index].set(values, mode="drop", unique_indices=True).reshape(weight.shape)
 
 
 def _put_bits(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:

@@ -21,6 +21,7 @@ __all__ = [
     "factor_gradients",
     "normal_factors",
     "norms_of_columns",
+    "over_norms",
     "product",
 ]
 
@@ -92,9 +93,9 @@ def directions(
     return weight * signs[:, None, :]
 
 
-def _over(magnitude: Float[Array, "stack out"], norms: Float[Array, "stack out"]) -> Float[Array, "stack 1 out"]:
-    """The quotient m / c; 0 for an output whose weights are all 0: it has no direction, and stays."""
-    return jnp.where(norms == 0, 0, magnitude / jnp.where(norms == 0, 1, norms))[:, None, :]
+def over_norms(magnitude: Float[Array, "*stack out"], norms: Float[Array, "*stack out"]) -> Float[Array, "*stack out"]:
+    """Returns m / c; 0 for an output whose weights are all 0: it has no direction, and stays."""
+    return jnp.where(norms == 0, 0, magnitude / jnp.where(norms == 0, 1, norms))
 
 
 def dora_gradients(
@@ -113,7 +114,7 @@ def dora_gradients(
         gradient: of the weight.
         scale: s of V = V_0 + s A B.
     """
-    of_factors = factor_gradients(factors, gradient * _over(factors.magnitude, norms), scale)
+    of_factors = factor_gradients(factors, gradient * over_norms(factors.magnitude, norms)[:, None, :], scale)
     return of_factors._replace(magnitude=jnp.sum(gradient * direction, axis=1))
 
 
@@ -137,5 +138,5 @@ def change_of_dora(
     change = change_of_product(old, new, scale)
     # One reduction for both, so that a step of nothing changes nothing, whatever the compiler does.
     before, after = norms_of_columns(jnp.stack([v, v + change]))
-    ratio = _over(new.magnitude, after)
-    return (ratio - _over(old.magnitude, before)) * v + ratio * change, after
+    ratio = over_norms(new.magnitude, after)[:, None, :]
+    return (ratio - over_norms(old.magnitude, before)[:, None, :]) * v + ratio * change, after

@@ -20,9 +20,10 @@ from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
 from jaxsparse.engine.fusible import check_fusible, first_support
 from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
-from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
+from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots, ratio
 from jaxsparse.engine.selection import select
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
+from jaxsparse.engine.updates import all_finite
 from jaxsparse.select.schedules import Progress
 from jaxsparse.subspaces.targets import is_masked
 
@@ -121,7 +122,7 @@ class FusedTuner:
         carried = carry_over(description, places, method, due, support, weights)
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 
-        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((gradients, moves))], bool).all()
+        finite = all_finite((gradients, moves))
         progress = advance(method.progress, due, *_retention(method.progress, backward, due))
         taken = method._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
         skipped = method.progress._replace(skipped=method.progress.skipped + 1)
@@ -182,7 +183,6 @@ def _retention(progress: Progress, backward: Backward, due: Array) -> tuple[Arra
         return progress.retention, progress.retention_mean
     kept = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), axis=1) for g in backward.gradients]
     parts, whole = jnp.concatenate(kept), jnp.concatenate(backward.energies)
-    ratio = jnp.where(whole == 0, 1, parts / jnp.where(whole == 0, 1, whole)).astype(jnp.float32)
-    total = jnp.sum(whole)
-    overall = jnp.where(total == 0, 1, jnp.sum(parts) / jnp.where(total == 0, 1, total)).astype(jnp.float32)
-    return jnp.where(due, overall, progress.retention), jnp.where(due, jnp.mean(ratio), progress.retention_mean)
+    overall = ratio(jnp.sum(parts), jnp.sum(whole)).astype(jnp.float32)
+    mean = jnp.mean(ratio(parts, whole).astype(jnp.float32))
+    return jnp.where(due, overall, progress.retention), jnp.where(due, mean, progress.retention_mean)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.engine.factors import Factors, product
+from jaxsparse.engine.factors import Factors, over_norms, product
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.low_rank import LowRankState, advance_factors, begin_chain, given_gradient, move_factors
 from jaxsparse.engine.low_rank_description import LowRank, of_targets
@@ -22,6 +22,7 @@ from jaxsparse.engine.micro_batches import mean_gradients
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
 from jaxsparse.engine.tuner import StepMetrics, TunerState
+from jaxsparse.engine.updates import all_finite
 from jaxsparse.select.schedules import Once, Progress
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
@@ -58,12 +59,7 @@ class _LowRankSlots(SlotRule):
         """Returns m / c; c counts as constant (DoRA, section 4.3)."""
         if "magnitude" not in slots:
             return None
-        return _over(slots["magnitude"], jax.lax.stop_gradient(slots["norms"]))
-
-
-def _over(magnitude: Array, norms: Array) -> Array:
-    """The quotient m / c; 0 for an output whose weights are all 0."""
-    return jnp.where(norms == 0, 0, magnitude / jnp.where(norms == 0, 1, norms))
+        return over_norms(slots["magnitude"], jax.lax.stop_gradient(slots["norms"]))
 
 
 class FusedLowRankTuner:
@@ -86,6 +82,7 @@ class FusedLowRankTuner:
             )
         self.loss_fn, self.description, self.accumulate = loss_fn, description, accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
+        self._merge = jax.jit(self._merged)  # one function for all calls of `params`: it compiles once
 
     def init(self, params: Any, *, donate: bool = False) -> TunerState:
         """Returns the state to start from.
@@ -114,12 +111,12 @@ class FusedLowRankTuner:
     def params(self, state: TunerState) -> Any:
         """Returns the model's parameters with the factors merged in."""
         if not self.description.magnitude:
-            return jax.jit(self._merged)(state.params, state.method.factors)
+            return self._merge(state.params, state.method.factors)
         places, leaves = self._places(state.params), jax.tree.leaves(state.params)
         for target, slots in zip(places.targets, self._slots(places, state.method), strict=True):
             weight = leaves[target.position]
             v = target.view.matrices(weight) + self.description.scale * product(slots["a"], slots["b"])
-            ratio = _over(slots["magnitude"], slots["norms"])[:, None, :]
+            ratio = over_norms(slots["magnitude"], slots["norms"])[:, None, :]
             leaves[target.position] = target.view.weight(v * ratio).astype(weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(state.params), leaves)
 
@@ -142,7 +139,7 @@ class FusedLowRankTuner:
         loss, tokens, slopes = mean_gradients(loss_of, description.trained(method.factors), batch, self.accumulate)
         factors, inner = move_factors(description, method, slopes, {})
         norms = self._norms(places, params, factors) if description.magnitude else method.norms
-        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slopes, factors))], bool).all()
+        finite = all_finite((slopes, factors))
         moved = method._replace(factors=factors, norms=norms, inner=inner)
         after = jax.tree.map(partial(jnp.where, finite), moved, method)
         progress = advance_factors(method.progress, finite, due, ~finite)

@@ -72,8 +72,7 @@ def _by_target(places: GlobalPlaces, support: GlobalSupport) -> list[Array]:
         view = target.view
         if isinstance(target.subspace, Slices):
             raise InputError("scope='global' over slices runs in the reference engine only: use js.ReferenceTuner")
-        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
-        idle = jax.eval_shape(target.subspace.cut, dense).shape[1]
+        idle = target.subspace.shape(view)[1]
         layers = [np.sort(unit[matrix == first + layer]) for layer in range(view.stack)]
         most = max(len(layer) for layer in layers)
         filled = [np.pad(layer, (0, most - len(layer)), constant_values=idle) for layer in layers]

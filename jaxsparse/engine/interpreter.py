@@ -16,7 +16,7 @@ from jax.extend.core import primitives
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.engine.slotted import INPUT, OUTPUT, Role, SlottedWeight, UnsupportedUseError, contract
 
-__all__ = ["evaluate", "followed", "register_rule"]
+__all__ = ["evaluate", "followed", "register_rule", "scan_groups"]
 
 Rule = Callable[..., Sequence[Any]]
 _RULES: dict[Any, Rule] = {}
@@ -152,11 +152,7 @@ def _evaluate_tree(closed: core.ClosedJaxpr, values: list[Any]) -> list[Any]:
 
 @register_rule(primitives.scan_p)
 def _scan(params: dict[str, Any], *values: Any) -> Sequence[Any]:
-    if "ft_in" in params:  # jax 0.11 and later
-        constants, carry, scanned = (list(group.vals) for group in params["ft_in"].update(values).unpack())
-    else:
-        ends = params["num_consts"], params["num_consts"] + params["num_carry"]
-        constants, carry, scanned = list(values[: ends[0]]), list(values[ends[0] : ends[1]]), list(values[ends[1] :])
+    constants, carry, scanned = scan_groups(params, values)
     _no_carried_weight(carry, "the carry of lax.scan")
 
     def body(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -167,6 +163,15 @@ def _scan(params: dict[str, Any], *values: Any) -> Sequence[Any]:
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, stacked = lax.scan(body, carry, scanned, **options)
     return [*carry, *stacked]
+
+
+def scan_groups(params: dict[str, Any], operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Returns the constants, the carry and the scanned operands of a `lax.scan`."""
+    if "ft_in" in params:  # jax 0.11 and later
+        constants, carry, scanned = (list(group.vals) for group in params["ft_in"].update(operands).unpack())
+        return constants, carry, scanned
+    ends = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(operands[: ends[0]]), list(operands[ends[0] : ends[1]]), list(operands[ends[1] :])
 
 
 @register_rule(primitives.while_p)

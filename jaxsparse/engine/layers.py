@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 from jaxsparse.engine.description import Description, Method, SubspaceTransformation
 from jaxsparse.engine.places import NOTHING
 from jaxsparse.engine.reference import SubspaceState, advance, reference_engine, retention
+from jaxsparse.engine.updates import nothing_but
 from jaxsparse.select.schedules import Progress
 from jaxsparse.subspaces.layers import LayerStack, find_layers
-from jaxsparse.subspaces.targets import Targets, is_masked
+from jaxsparse.subspaces.targets import Targets
 
 __all__ = ["Layers", "LayersState", "layers_engine"]
 
@@ -115,11 +116,9 @@ def _update(
     kept = state._replace(progress=skipped)
     new_state = jax.tree.map(partial(jnp.where, takes), taken, kept)
 
-    leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
-    masked = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
-    for position, move in stack.join(*moves).items():
-        masked[position] = jnp.where(takes, move, jnp.array(NOTHING, move.dtype))
-    return jax.tree.unflatten(structure, masked), new_state
+    joined = stack.join(*moves).items()
+    changed = {position: jnp.where(takes, move, jnp.array(NOTHING, move.dtype)) for position, move in joined}
+    return nothing_but(updates, changed), new_state
 
 
 def _retention(

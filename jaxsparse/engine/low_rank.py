@@ -26,6 +26,7 @@ from jaxsparse.engine.factors import (
 )
 from jaxsparse.engine.low_rank_description import GradientStart, LowRank, as_trees, of_targets
 from jaxsparse.engine.places import NOTHING, MatrixPlaces, leaves_of
+from jaxsparse.engine.updates import all_finite, at_rate, nothing_but
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Once, Progress
 from jaxsparse.select.scores import score_dtype
@@ -109,7 +110,7 @@ def _update(
 ) -> tuple[Any, LowRankState]:
     if description.magnitude and params is None:
         raise ValueError(f"{description.name} needs params: call update(gradients, state, params)")
-    leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
+    leaves = jax.tree.leaves(updates, is_leaf=is_masked)
     places = MatrixPlaces(description.resolve(updates), jax.tree.structure(state.factors.b, is_leaf=is_masked))
     gradients = [
         target.view.matrices(leaves[target.position]).astype(b.dtype)
@@ -128,16 +129,17 @@ def _update(
         products = [description.scale * product(a, b) for a, b, _ in of_targets(places, begun.factors)]
         else_moves = [jnp.where(due, p, x).astype(x.dtype) for p, x in zip(products, else_moves, strict=True)]
     moves = [jnp.where(trains, move, other) for move, other in zip(moves, else_moves, strict=True)]
-    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slopes, moves))], bool).all()
+    finite = all_finite((slopes, moves))
     factors, norms, inner = jax.tree.map(
         lambda old, new, moved: jnp.where(finite, jnp.where(trains, moved, new), old),
         *((which.factors, which.norms, which.inner) for which in (state, begun, stepped)),
     )
     progress = advance_factors(state.progress, finite & trains, finite & due, ~finite & ~look.looks)
-    changed = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
-    for target, move in zip(places.targets, moves, strict=True):
-        changed[target.position] = target.view.weight(jnp.where(finite & (move != 0), move, NOTHING))
-    return jax.tree.unflatten(structure, changed), LowRankState(progress, factors, norms, inner, look.evidence)
+    changed = {
+        target.position: target.view.weight(jnp.where(finite & (move != 0), move, NOTHING))
+        for target, move in zip(places.targets, moves, strict=True)
+    }
+    return nothing_but(updates, changed), LowRankState(progress, factors, norms, inner, look.evidence)
 
 
 class _Look(NamedTuple):
@@ -165,7 +167,7 @@ def _look(start: GradientStart | None, places: MatrixPlaces, evidence: Any, grad
         return _Look(jnp.array(False), jnp.array(True), (), means)
     count, sums = evidence
     looks = count < start.calibration_steps
-    finite = jnp.array([jnp.isfinite(gradient).all() for gradient in gradients], bool).all()
+    finite = all_finite(gradients)
     counted = looks & finite
     totals = leaves_of(places.targets, sums)
     added = [jnp.where(counted, old + g, old) for old, g in zip(totals, gradients, strict=True)]
@@ -246,10 +248,7 @@ def move_factors(
     assert description.inner is not None
     trained = description.trained(state.factors)
     steps, inner = optax.with_extra_args_support(description.inner).update(slope, state.inner, trained, **extra_args)
-    if description.learning_rate is not None:
-        rate = description.learning_rate
-        rate = rate(state.progress.steps) if callable(rate) else rate
-        steps = jax.tree.map(lambda step: -rate * step, steps)
+    steps = at_rate(steps, description.learning_rate, state.progress.steps)
     if description.ratio is not None:
         steps = steps._replace(b=jax.tree.map(lambda step: description.ratio * step, steps.b))
     moved = jax.tree.map(lambda x, step: (x + step).astype(x.dtype), trained, steps)

@@ -191,12 +191,7 @@ class GlobalPlaces(Places):
 
     def _unit_shapes(self) -> list[tuple[int, ...]]:
         """For each target the shape of a unit."""
-        shapes = []
-        for target in self.targets:
-            view = target.view
-            dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
-            shapes.append(jax.eval_shape(target.subspace.cut, dense).shape[2:])
-        return shapes
+        return [target.subspace.shape(target.view)[2:] for target in self.targets]
 
     def gather(self, matrices: list[Array], support: GlobalSupport) -> Array:
         """Returns the slots, one array."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsparse.engine.description import Description, SubspaceTransformation
 from jaxsparse.engine.places import NOTHING, Places, leaves_of
 from jaxsparse.engine.selection import select
+from jaxsparse.engine.updates import all_finite, at_rate, nothing_but
 from jaxsparse.select.carry import carry_inner_state
 from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
@@ -26,6 +27,7 @@ __all__ = [
     "carry_over",
     "fresh_state",
     "move_slots",
+    "ratio",
     "reference_engine",
     "retention",
 ]
@@ -116,7 +118,7 @@ def _update(
     description: Description, updates: Any, state: SubspaceState, params: Any = None, **extra_args: Any
 ) -> tuple[Any, SubspaceState]:
     targets = description.resolve(updates)
-    leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
+    leaves = jax.tree.leaves(updates, is_leaf=is_masked)
     mirror = state.evidence[1] if description.calibration_steps else state.support
     places = description.places(targets, jax.tree.structure(mirror, is_leaf=is_masked))
     gradients = [target.view.matrices(leaves[target.position]) for target in targets]
@@ -139,17 +141,15 @@ def _update(
         carried = carry_over(description, places, state, due, support, slot_weights)
         moves, slots, master, inner = move_slots(description, carried, slot_gradients, slot_weights, extra_args)
 
-    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slot_gradients, moves))], bool).all()
+    finite = all_finite((slot_gradients, moves))
     takes = finite & ~calibrating
     choose = partial(jax.tree.map, partial(jnp.where, takes))
     skipped = state.progress._replace(skipped=state.progress.skipped + (~finite & ~calibrating))
     taken = state._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
     new_state = choose(taken, state._replace(progress=skipped))._replace(evidence=evidence)
     kept = jax.tree.map(lambda move: jnp.where(takes, move, jnp.array(NOTHING, move.dtype)), moves)
-    masked = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
-    for target, dense in zip(targets, places.scatter(support, kept), strict=True):
-        masked[target.position] = target.view.weight(dense)
-    return jax.tree.unflatten(structure, masked), new_state
+    scattered = zip(targets, places.scatter(support, kept), strict=True)
+    return nothing_but(updates, {target.position: target.view.weight(dense) for target, dense in scattered}), new_state
 
 
 def _weights(description: Description, targets: Sequence[ResolvedTarget], params: Any) -> list[Array]:
@@ -172,7 +172,7 @@ def _calibrate(
         return jnp.zeros([], bool), (), gradients
     count, sums = evidence
     calibrating = count < description.calibration_steps
-    finite = jnp.array([jnp.isfinite(g).all() for g in gradients], bool).all()
+    finite = all_finite(gradients)
     counted = calibrating & finite
     old = leaves_of(targets, sums)
     added = [jnp.where(counted, s + g, s) for s, g in zip(old, gradients, strict=True)]
@@ -201,8 +201,8 @@ def retention(
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in gradients]))
     kept = [_energy(g, largest) for g in slots]
     whole = jnp.concatenate([_energy(g, largest) for g in gradients])
-    share = _ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
-    return share, jnp.mean(_ratio(jnp.concatenate(kept), whole)) if per_matrix else share
+    share = ratio(sum(jnp.sum(k) for k in kept), jnp.sum(whole))
+    return share, jnp.mean(ratio(jnp.concatenate(kept), whole)) if per_matrix else share
 
 
 def _energy(entries: Array, unit: Float[Array, ""]) -> Float[Array, " stack"]:
@@ -211,8 +211,8 @@ def _energy(entries: Array, unit: Float[Array, ""]) -> Float[Array, " stack"]:
     return jnp.sum(jnp.square(scaled), axis=-1)
 
 
-def _ratio(part: Any, whole: Array) -> Array:
-    """Part / whole, and 1 for 0 / 0."""
+def ratio(part: Any, whole: Array) -> Array:
+    """Returns part / whole, and 1 for 0 / 0."""
     return jnp.where(whole == 0, 1, part / jnp.where(whole == 0, 1, whole))
 
 
@@ -275,10 +275,7 @@ def move_slots(
     assert description.inner is not None
     update = optax.with_extra_args_support(description.inner).update
     steps, inner = update(gradients, state.inner, seen, **extra_args)
-    if description.learning_rate is not None:
-        rate = description.learning_rate
-        rate = rate(state.progress.steps) if callable(rate) else rate
-        steps = jax.tree.map(lambda step: -rate * step, steps)
+    steps = at_rate(steps, description.learning_rate, state.progress.steps)
     slots = jax.tree.map(jnp.add, state.slots, steps) if description.sees == "change" else state.slots
     changes = jax.tree.map(lambda step, x: (step * description.scale).astype(x.dtype), steps, wide)
     new_master = jax.tree.map(

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from jaxsparse.engine.interpreter import scan_groups
 from jaxsparse.engine.slotted import UnsupportedUseError
 from jaxsparse.subspaces.targets import ResolvedTarget
 
@@ -100,7 +101,7 @@ def _uses_inside(equation: Any, operands: list[_Held | None], layers: np.ndarray
         return _uses(inner, known) if known else np.zeros(len(layers), int)
 
     if equation.primitive is primitives.scan_p:
-        constants, carried, scanned = _scan_groups(params, operands)
+        constants, carried, scanned = scan_groups(params, operands)
         nothing = [None] * len(carried)
         # A turn sees one layer, and the turns together each once; what does not change is used in every turn.
         rows = [None if held is None else held.any(axis=0) for held in scanned]
@@ -117,12 +118,3 @@ def _uses_inside(equation: Any, operands: list[_Held | None], layers: np.ndarray
         if name in params:
             return within(params[name], operands)
     return layers.astype(int)
-
-
-def _scan_groups(params: dict[str, Any], operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Constants, carry and scanned operands."""
-    if "ft_in" in params:  # jax 0.11 and later
-        constants, carried, scanned = (list(group.vals) for group in params["ft_in"].update(operands).unpack())
-        return constants, carried, scanned
-    ends = params["num_consts"], params["num_consts"] + params["num_carry"]
-    return operands[: ends[0]], operands[ends[0] : ends[1]], operands[ends[1] :]

@@ -17,6 +17,7 @@ from jaxsparse.engine.places import NOTHING, MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, retention
 from jaxsparse.engine.spiel_description import SM3, Adam, Candidates, Left, Matrix, Spiel
 from jaxsparse.engine.spiel_slots import step
+from jaxsparse.engine.updates import all_finite, nothing_but
 from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
@@ -113,7 +114,6 @@ def _update(
     if params is None:
         raise ValueError(f"{method.name} needs params: call update(gradients, state, params)")
     targets = method.resolve(updates)
-    leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
     places = MatrixPlaces(targets, jax.tree.structure(state.support, is_leaf=is_masked))
     old = _by_target(method, targets, state)
     dense = zip(_matrices(targets, updates), old, strict=True)
@@ -127,7 +127,7 @@ def _update(
     stepped = [jax.vmap(partial(step, method, now))(*one) for one in each]
     new, moves = [matrix for matrix, _ in stepped], [move for _, move in stepped]
     learnt = [(matrix.delta, matrix.optimizer, matrix.candidates) for matrix in new]
-    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((slot_gradients, moves, learnt))], bool).all()
+    finite = all_finite((slot_gradients, moves, learnt))
 
     picked = now.reselects | (state.progress.steps == 0)
     progress = advance(state.progress, picked, *retention(gradients, _gather(gradients, new)))
@@ -135,10 +135,11 @@ def _update(
     new_state = jax.tree.map(
         partial(jnp.where, finite), _state(method, places, progress, new), state._replace(progress=skipped)
     )
-    changed = [leaf if is_masked(leaf) else jnp.full_like(leaf, NOTHING) for leaf in leaves]
-    for target, move in zip(targets, moves, strict=True):
-        changed[target.position] = target.view.weight(jnp.where(finite, move, NOTHING))
-    return jax.tree.unflatten(structure, changed), new_state
+    changed = {
+        target.position: target.view.weight(jnp.where(finite, move, NOTHING))
+        for target, move in zip(targets, moves, strict=True)
+    }
+    return nothing_but(updates, changed), new_state
 
 
 def _gather(gradients: Sequence[Array], matrices: Sequence[Matrix]) -> list[Array]:

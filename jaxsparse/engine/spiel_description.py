@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import Method
+from jaxsparse.select.schedules import value_at
 from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import ResolvedTarget, Targets, resolve_targets, tree_size
 from jaxsparse.subspaces.units import Coordinates
@@ -182,13 +183,12 @@ class Spiel(Method):
     def now(self, steps: Int[Array, ""]) -> Now:
         """Returns what is due after so many steps."""
         place = steps % self.reselect_every
-        rate = self.learning_rate
         return Now(
             begins=place == 0,
             watches=place < self.accumulation_steps,
             reselects=place == self.accumulation_steps - 1,
             share=self.share(steps),
-            rate=rate(steps) if callable(rate) else rate,
+            rate=value_at(self.learning_rate, steps),
         )
 
     @property

@@ -11,6 +11,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.options import check_count
 from jaxsparse.engine.description import Description, Scope, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
+from jaxsparse.methods.mean_gradient import mean_gradient
 from jaxsparse.select.scores import GRADIENT, RANDOM, WEIGHT, smallest
 from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import ResolvedTarget, Targets
@@ -117,8 +118,6 @@ def saft(
         >>> float(jnp.abs(updates["a"]).sum()), float(jnp.abs(updates["b"]).sum())
         (0.0, 8.0)
     """
-    if gradients is None and calibration_steps < 1:
-        raise InputError(f"saft needs gradients, or calibration_steps of at least 1, got {calibration_steps}")
     return reference_engine(
         Description(
             name="saft",
@@ -126,8 +125,7 @@ def saft(
             subspace=Coordinates(Budget(density, budget, "proportional")),
             score=GRADIENT,
             scope=scope,
-            calibration_steps=0 if gradients is not None else calibration_steps,
-            given={} if gradients is None else {"gradient": gradients},
+            **mean_gradient("saft", gradients, calibration_steps),
             targets=targets,
             slots_dtype=slots_dtype,
             seed=seed,

@@ -9,6 +9,7 @@ import optax
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import Description, Scope, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
+from jaxsparse.methods.mean_gradient import mean_gradient
 from jaxsparse.select.scores import gradient_over_weight
 from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import Targets
@@ -67,8 +68,6 @@ def gallop(
         Array([[1. , 3. ],
                [0.5, 2. ]], dtype=float32)
     """
-    if gradients is None and calibration_steps < 1:
-        raise InputError(f"gallop needs gradients, or calibration_steps of at least 1, got {calibration_steps}")
     if not epsilon > 0:
         raise InputError(f"epsilon must be positive, got {epsilon}")
     return reference_engine(
@@ -78,8 +77,7 @@ def gallop(
             subspace=Coordinates(Budget(density, budget, "proportional")),
             score=gradient_over_weight(epsilon),
             scope=scope,
-            calibration_steps=0 if gradients is not None else calibration_steps,
-            given={} if gradients is None else {"gradient": gradients},
+            **mean_gradient("gallop", gradients, calibration_steps),
             targets=targets,
             slots_dtype=slots_dtype,
             seed=seed,

@@ -11,6 +11,7 @@ import optax
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import Description, Scope, SlotsDType, SubspaceTransformation
 from jaxsparse.engine.reference import reference_engine
+from jaxsparse.methods.mean_gradient import mean_gradient
 from jaxsparse.select.scores import SIGNED_GRADIENT
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.budgets import Budget
@@ -96,8 +97,6 @@ def smt(
     ]
     if len(given) != 1:
         raise InputError(f"smt needs exactly one of blocks, density and budget; got {' and '.join(given) or 'none'}")
-    if gradients is None and calibration_steps < 1:
-        raise InputError(f"smt needs gradients, or calibration_steps of at least 1, got {calibration_steps}")
     share = None if blocks is not None else Budget(density, budget, "proportional")
     return reference_engine(
         _QueryKeyValue(
@@ -106,8 +105,7 @@ def smt(
             subspace=Blocks(blocks, size=size, budget=share),
             score=SIGNED_GRADIENT,
             scope=scope,
-            calibration_steps=0 if gradients is not None else calibration_steps,
-            given={} if gradients is None else {"gradient": gradients},
+            **mean_gradient("smt", gradients, calibration_steps),
             targets=targets,
             slots_dtype=slots_dtype,
             seed=seed,

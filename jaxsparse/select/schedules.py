@@ -21,6 +21,7 @@ __all__ = [
     "Schedule",
     "adaptive",
     "refresh_schedule",
+    "value_at",
 ]
 
 
@@ -57,6 +58,16 @@ class Progress(NamedTuple):
 _COUNTS = {"steps": 0, "refreshes": 0, "last_refresh": -1, "skipped": 0}
 
 
+def value_at(value: Any, step: Any) -> Any:
+    """Returns a value, or what a schedule says at a step.
+
+    Example:
+        >>> value_at(0.5, 3), value_at(lambda step: 2 * step, 3)
+        (0.5, 6)
+    """
+    return value(step) if callable(value) else value
+
+
 @dataclass(frozen=True)
 class Once:
     """Pick at the first step and never again."""
@@ -84,7 +95,7 @@ class Every:
 
     def due(self, progress: Progress) -> Bool[Array, ""]:
         """Returns whether this step picks."""
-        period = self.period(progress.steps) if callable(self.period) else self.period
+        period = value_at(self.period, progress.steps)
         return (progress.last_refresh < 0) | (progress.steps - progress.last_refresh >= jnp.maximum(period, 1))
 
 

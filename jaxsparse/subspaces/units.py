@@ -18,7 +18,7 @@ from jaxsparse.common.options import check_count
 from jaxsparse.subspaces.budgets import Budget, check_fraction
 from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget, Targets, resolve_targets
 
-__all__ = ["Coordinates", "Everything", "Neurons", "Slices", "Subspace", "Units", "follow"]
+__all__ = ["Coordinates", "Everything", "Neurons", "Slices", "Subspace", "Units", "follow", "matrix_numbers"]
 
 
 class Subspace(abc.ABC):
@@ -100,23 +100,27 @@ class Units(Subspace):
             >>> Slices(1).gather(dense, jnp.array([[1]]))
             Array([[[3., 4., 5.]]], dtype=float32)
         """
-        return self.cut(matrices)[_rows(support), support]
+        return self.cut(matrices)[matrix_numbers(support), support]
+
+    def shape(self, view: MatrixView) -> tuple[int, ...]:
+        """Returns the shape of matrices cut into units, (stack, units, *entries of a unit)."""
+        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), jnp.float32)
+        return jax.eval_shape(self.cut, dense).shape
 
     def filled(self, view: MatrixView, fill: float, dtype: jnp.dtype) -> Num[Array, "stack units ..."]:
         """Returns the units of matrices that hold one number everywhere."""
-        dense = jax.ShapeDtypeStruct((view.stack, view.in_size, view.out_size), dtype)
-        return jnp.full(jax.eval_shape(self.cut, dense).shape, fill, dtype)
+        return jnp.full(self.shape(view), fill, dtype)
 
     def scatter(
         self, view: MatrixView, support: Int[Array, "stack ..."], slots: Num[Array, "stack ..."], fill: float
     ) -> Num[Array, "stack in out"]:
         """Returns dense matrices that hold the slots where the support frees them, and `fill` everywhere else."""
         units = self.filled(view, fill, slots.dtype)
-        return self.join(units.at[_rows(support), support].set(slots, unique_indices=True), view)
+        return self.join(units.at[matrix_numbers(support), support].set(slots, unique_indices=True), view)
 
 
-def _rows(support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
-    """The matrix that each unit of a support belongs to."""
+def matrix_numbers(support: Int[Array, "stack ..."]) -> Int[Array, "stack ..."]:
+    """Returns the number of the matrix that each unit of a support belongs to; broadcasts against it."""
     return jnp.arange(support.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (support.ndim - 1))
 
 
@@ -145,7 +149,7 @@ def follow(
     slot = jnp.take_along_axis(order, jnp.minimum(place, flat_old.shape[-1] - 1), axis=-1)
     stayed = jnp.take_along_axis(flat_old, slot, axis=-1) == flat_new
     entries = values.shape[old.ndim :]
-    moved = values.reshape(*flat_old.shape, *entries)[_rows(slot), slot].reshape(values.shape)
+    moved = values.reshape(*flat_old.shape, *entries)[matrix_numbers(slot), slot].reshape(values.shape)
     return jnp.where(stayed.reshape(*old.shape, *[1] * len(entries)), moved, newcomer).astype(values.dtype)
 
 

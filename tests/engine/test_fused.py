@@ -33,6 +33,10 @@ def problem(rng: np.random.Generator, dtype: Any = jnp.float32) -> tuple[Any, Ca
     return params, loss, jnp.asarray(rng.normal(size=(STEPS, 6, 8)), dtype)
 
 
+def reference_tuner(loss: Callable[..., Any], method: Any) -> ReferenceTuner:
+    return ReferenceTuner(lambda params, batch: (loss(params, batch), {"tokens": jnp.ones(())}), method)
+
+
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gasdu", {"density": 0.1, "refresh_every": 3}),
     ("gasdu", {"density": 0.1, "refresh_every": 3, "carry": "coordinate"}),
@@ -58,7 +62,7 @@ def test_follows_the_reference_engine(name: str, options: dict[str, Any], rng: n
     with jax.enable_x64(True):
         params, loss, batches = problem(rng, jnp.float64)
         method = getattr(js, name)(optax.adam(0.02), targets=TARGETS, seed=3, **options)
-        reference = ReferenceTuner(lambda p, b: (loss(p, b), {"tokens": jnp.ones(())}), method)
+        reference = reference_tuner(loss, method)
         fused = js.fuse(loss, method)
         expected, found = reference.init(params), fused.init(params)
         for batch in batches:
@@ -95,7 +99,7 @@ def test_low_rank_overlays_follow_the_reference_engine(
         if "gradients" in options:
             options = {"gradients": js.collect_gradients(loss, params, [batches[-1]], TARGETS)}
         method = getattr(js, name)(optax.adam(0.02), rank=2, targets=TARGETS, seed=3, **options)
-        reference = ReferenceTuner(lambda p, b: (loss(p, b), {"tokens": jnp.ones(())}), method)
+        reference = reference_tuner(loss, method)
         fused = js.fuse(loss, method)
         expected, found = reference.init(params), fused.init(params)
         if name == "lora_one":  # there the first step only adds the product
@@ -178,7 +182,7 @@ def test_a_matrix_that_is_used_twice_cannot_be_picked_by_its_gradient(rng: np.ra
         tuner.step(tuner.init(params), batches[0])
     method = js.neuroada(optax.sgd(0.1), k=1, targets=TARGETS)
     fixed = js.fuse(twice, method)  # sums of gradients are gradients
-    expected = ReferenceTuner(lambda p, b: (twice(p, b), {"tokens": jnp.ones(())}), method)
+    expected = reference_tuner(twice, method)
     found, _ = fixed.step(fixed.init(params), batches[0])
     told, _ = expected.step(expected.init(params), batches[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.params, told.params)
@@ -242,7 +246,7 @@ def test_calibrated_supports_are_trained_as_by_the_reference_engine(
     method = getattr(js, name)(optax.adam(0.02), **{"targets": TARGETS, **options})
     method = js.with_support(method, js.calibrate(loss, params, batches[:1], method))
     reference, fused = (
-        ReferenceTuner(lambda p, b: (loss(p, b), {"tokens": jnp.ones(())}), method),
+        reference_tuner(loss, method),
         js.fuse(loss, method),
     )
     expected, found = reference.init(params), fused.init(params)
