@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxsparse as js
+from experiments.baselines import Floor, FullAdamW
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
@@ -96,33 +97,6 @@ class Case:
     tuner: Callable[[], Any]
 
 
-class Floor:
-    """Forward and backward to the first layer, and no gradient of any target.
-
-    Args:
-        loss_fn: (params, batch) -> (loss, aux).
-    """
-
-    def __init__(self, loss_fn: Callable[[Any, Any], Any]) -> None:
-        def step(params: Any, batch: Any) -> tuple[Any, Any]:
-            leaves, structure = jax.tree.flatten(params)
-            norms = [at for at, leaf in enumerate(leaves) if leaf.ndim == 2 and leaf.shape[0] != max(leaf.shape)]
-
-            def of_norms(scales: list[jax.Array]) -> jax.Array:
-                replaced = list(leaves)
-                for at, scale in zip(norms, scales, strict=True):
-                    replaced[at] = scale
-                return loss_fn(jax.tree.unflatten(structure, replaced), batch)[0]
-
-            return params, jax.value_and_grad(of_norms)([leaves[at] for at in norms])
-
-        self.step = jax.jit(step, donate_argnums=0)
-
-    def init(self, params: Any) -> Any:
-        """Returns a copy of the parameters: what the step takes and gives back."""
-        return jax.tree.map(jax.numpy.copy, params)
-
-
 def cases(model: LanguageModel, only: Sequence[str]) -> list[Case]:
     """Returns the steps to measure on a model."""
 
@@ -135,7 +109,7 @@ def cases(model: LanguageModel, only: Sequence[str]) -> list[Case]:
     adam = optax.adam(1e-4)
     found = [
         Case("floor", "", None, "plain", lambda: Floor(model.loss)),
-        Case("full", "reference", None, "plain", reference(js.full(optax.adamw(1e-5)))),
+        Case("full", "", None, "plain", lambda: FullAdamW(model.loss)),
         Case("lora", "fused", None, "plain", fused(js.lora(adam, rank=8))),
         Case("gasdu", "reference", 1e-4, "plain", reference(js.gasdu(adam, density=1e-4, refresh_every=10**6))),
     ]

@@ -99,6 +99,8 @@ def commit_slots(
     """
     if isinstance(units, Everything):
         return view.weight(units.join(values, view))
+    # What is read of the weight must be read before, and not once more inside the scatter: that would take a copy.
+    values = jax.lax.optimization_barrier(values)
     if weight.dtype.itemsize >= 4:
         return _put(units, view, weight, support, values)
     return jax.lax.platform_dependent(

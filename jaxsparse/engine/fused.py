@@ -118,7 +118,7 @@ class FusedTuner:
             self.loss_fn, description, targets, state.params, supports, due, batch, self.accumulate
         )
         support, gradients = places.spread(backward.supports), places.spread(backward.gradients)
-        weights = places.spread(_read(targets, state.params, backward.supports))
+        weights = places.spread(jax.lax.optimization_barrier(_read(targets, state.params, backward.supports)))
         carried = carry_over(description, places, method, due, support, weights)
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 

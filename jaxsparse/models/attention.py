@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Attend", "Cache", "attend_cached", "attend_rows", "empty_cache", "split_heads", "visible"]
+__all__ = [
+    "Attend",
+    "Cache",
+    "attend_cached",
+    "attend_row_by_row",
+    "attend_rows",
+    "empty_cache",
+    "split_heads",
+    "visible",
+]
 
 Store: TypeAlias = tuple[Array, Array] | None
 """Keys and values of all layers, (layers, batch, slots, kv_heads, head_dim) each; None in training."""
@@ -92,6 +101,38 @@ def attend_rows(
         local_window_size=None if window is None else (window - 1, 0),
     )
     return mixed, store
+
+
+def attend_row_by_row(
+    store: None,
+    layer: Int[Array, ""],
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    segments: Int[Array, "batch length"] | None,
+    window: int | None,
+) -> tuple[Float[Array, "batch length heads head_dim"], None]:
+    """As `attend_rows`, a row at a time: the scores of one row exist, forward and (computed again) backward.
+
+    Args:
+        store: None, there is no cache.
+        layer: number of the layer, unused.
+        query: queries, rotated already.
+        key: keys, rotated already.
+        value: values.
+        segments: as in `attend_rows`.
+        window: as in `attend_rows`.
+
+    Returns:
+        The mixed values, and None.
+    """
+
+    def attend(row: tuple[Array, Array, Array, Array | None]) -> Array:
+        query, key, value, segments = jax.tree.map(lambda leaf: leaf[None], row)
+        return attend_rows(None, layer, query, key, value, segments=segments, window=window)[0][0]
+
+    return jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (query, key, value, segments)), store
 
 
 def visible(

@@ -17,6 +17,7 @@ from jaxsparse.models.fetch import cache_folder, fetch_smollm2
 from jaxsparse.models.gguf_reader import GGUFSource
 from jaxsparse.models.hugging_face import HuggingFaceSource, is_hugging_face, write_hugging_face
 from jaxsparse.models.llama2c import Llama2cSource
+from jaxsparse.models.presets import PRESETS
 from jaxsparse.models.sources import TensorSource, load_params
 from jaxsparse.models.store import StoredSource, is_stored, write_folder
 
@@ -76,7 +77,8 @@ def load_config(path_or_name: str | Path) -> Config:
     """Reads a model's configuration, whatever its format, and none of its weights.
 
     Args:
-        path_or_name: as for `load`; of a Hugging Face folder config.json is enough, which can be named itself.
+        path_or_name: as for `load`; of a Hugging Face folder config.json is enough, which can be named itself. Names
+            of `PRESETS`, such as llama2-7b, need no file at all.
 
     Returns:
         The configuration.
@@ -84,7 +86,12 @@ def load_config(path_or_name: str | Path) -> Config:
     Raises:
         InputError: it is no model, or one that is not supported.
     """
-    path = _locate(path_or_name)
+    if str(path_or_name) in PRESETS and not Path(path_or_name).exists():
+        return PRESETS[str(path_or_name)]
+    try:
+        path = _locate(path_or_name)
+    except InputError as error:
+        raise InputError(f"{error}; without weights also {', '.join(PRESETS)}") from None
     file = path / "config.json" if path.is_dir() and not is_stored(path) else path
     return config_from_hugging_face(read_json(file)) if file.name == "config.json" else _open(path).config
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.threshold import largest
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
 from jaxtyping import Array, Float, Int
 
@@ -52,7 +53,8 @@ def gradient_topk_reference(
         is_row = (first + jnp.arange(tile.shape[0]) < inputs)[:, None]
         # Rows that fill up the last tile never win: k entries exist without them.
         scores = jnp.where(is_row, score(tile, first), -jnp.inf).reshape(-1)
-        best, at = jax.lax.top_k(scores, min(k, scores.shape[0]))
+        at = largest(scores, min(k, scores.shape[0]))
+        best = scores[at]
         _, chosen = jax.lax.top_k(jnp.concatenate([pool.score, best]), k)
         return _Pool(
             jnp.concatenate([pool.score, best])[chosen],

@@ -3,7 +3,6 @@
 The floor is forward and backward with no gradient of any target; steps are written into donated weights in place.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,46 +16,13 @@ from jaxsparse.data.batches import Batch
 from jaxsparse.engine.tuner import ReferenceTuner
 from jaxsparse.models.configs import LlamaConfig
 from jaxsparse.models.functional import LanguageModel
+from tests.engine.buffers import large_buffers, shapes_of
 
 # No two sizes are equal, so that a shape tells a weight.
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=40, intermediate_size=72, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=14
 )
 TOKENS = 24
-NOT_BUFFERS = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "constant"}
-
-
-def large_buffers(compiled: Any, shapes: set[tuple[int, ...]]) -> set[tuple[str, tuple[int, ...]]]:
-    """(operation, shape) of everything in optimised HLO that has one of the shapes and memory of its own."""
-    text = compiled.as_text()
-    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
-    fused = set(re.findall(r"calls=%?([\w.\-]+)", text)) | set(re.findall(r"to_apply=%?([\w.\-]+)", text))
-    found = set()
-    for name, body in {**bodies, "entry": text[text.index("\nENTRY") :]}.items():
-        if name in fused:
-            continue
-        for dims, operation, rest in re.findall(r" = \w+\[([\d,]*)\]\S* ([\w\-]+)\((.*)", body):
-            shape = tuple(int(size) for size in dims.split(",") if size)
-            inner = bodies.get("".join(re.findall(r"calls=%?([\w.\-]+)", rest)), "")
-            # What is written into had memory before: where that is new, the operation that made it is found.
-            writes = ("scatter", "dynamic-update-slice")
-            in_place = operation in writes or any(f" {write}(" in inner for write in writes)
-            if shape in shapes and operation not in NOT_BUFFERS and not in_place:
-                found.add((operation, shape))
-    return found
-
-
-def shapes_of(params: Any, paths: tuple[str, ...]) -> set[tuple[int, ...]]:
-    """The shapes of the targets: a layer or the stack, either orientation, or flat."""
-    found: set[tuple[int, ...]] = set()
-    for group in paths:
-        for name, leaf in params["layers"][group].items():
-            if name.endswith("_proj"):
-                stack, inputs, outputs = leaf["kernel"].shape
-                for matrix in ((inputs, outputs), (outputs, inputs), (inputs * outputs,)):
-                    found |= {matrix, (1, *matrix), (stack, *matrix)}
-                found.add((stack * inputs * outputs,))
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""Plans for a device that is not here."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.plan import compile_for
+from jaxsparse.plan.absent import DEVICES
+
+SHAPE = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+
+
+def test_peak_memory_counts_donated_arguments_once() -> None:
+    try:
+        kept = compile_for("h100", lambda x: x + 1, [SHAPE])
+    except InputError as error:
+        pytest.skip(str(error))
+    donated = compile_for("h100", lambda x: x + 1, [SHAPE], donate=(0,))
+    assert kept.argument_bytes == donated.argument_bytes == 4 * 2**20
+    assert kept.peak_bytes >= 8 * 2**20
+    assert donated.peak_bytes < 5 * 2**20
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(InputError, match="'h1000' is unknown; known: h100"):
+        compile_for("h1000", jnp.sin, [SHAPE])
+
+
+def test_without_the_plugin_the_error_says_what_to_install() -> None:
+    if "jax_plugins.xla_cuda13" in sys.modules:
+        pytest.skip("the plugin is there")
+    with pytest.raises(InputError, match=r"pip install --no-deps jax-cuda13-plugin==.*JAX_PLATFORMS=cpu"):
+        compile_for("h100", jnp.sin, [SHAPE])
+
+
+def test_the_description_is_the_one_that_was_tried(shared: Path) -> None:
+    words = lambda text: sorted(text.replace("{", " { ").split())  # noqa: E731
+    assert words(DEVICES["h100"].target_config()) == words((shared / "targets/h100_80gb.txtpb").read_text())
