@@ -3,20 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint coverage clean
+# JAX's compiler for NVIDIA GPUs, without NVIDIA's libraries. It lies apart: JAX complains where it finds it and no GPU.
+PLUGIN := $(VENV)/cuda
+WITH_PLUGIN := JAX_PLATFORMS=cpu PYTHONPATH=$(abspath $(PLUGIN))
+
+.PHONY: demo test lint coverage memory clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxsparse demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(WITH_PLUGIN) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Peak memory of training LLaMA-2-7B on an H100, compiled for one that need not be here.
+memory: $(VENV)/.installed-test
+	$(WITH_PLUGIN) $(BIN)/python -m experiments.memory --model llama2-7b --device h100
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # Lines covered by tests, per file; fails if a public function is not covered at all.
 coverage: $(VENV)/.installed-test
-	$(BIN)/python -m tests.coverage_report
+	$(WITH_PLUGIN) $(BIN)/python -m tests.coverage_report
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxsparse needs Python 3.11 or newer; try make PYTHON=python3.11")'
@@ -28,6 +36,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PLUGIN) \
+	    $$($(BIN)/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")')
 	touch $@
 
 clean:

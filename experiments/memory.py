@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch
 from jaxsparse.models.checkpoints import load_config
 from jaxsparse.models.functional import LanguageModel
-from jaxsparse.plan.absent import compile_for, use_cpu
+from jaxsparse.plan.absent import Plan, compile_for, use_cpu
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,24 @@ def measure(config: MemoryConfig) -> list[Row]:
     whole, number = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
     batch = Batch(whole, whole, number, whole, whole)
     made = {name: make for name, make in steps(model, config.budget).items() if not config.only or name in config.only}
-    rows: list[Row] = []
-    with progress(f"compiling for {config.device}", len(made)) as advance:
-        for name, make in made.items():
-            tuner = make()
-            state = jax.eval_shape(tuner.init, params)
-            plan = compile_for(config.device, tuner.step.__wrapped__, (state, batch), donate=(0,))
-            for step in ("plain", "refresh") if name == "gasdu" else ("plain",):
-                rows.append(Row(name, step, plan.peak_bytes, plan.argument_bytes))
-            advance(1, name)
-    return rows
+
+    def plan(make: Callable[[], Any]) -> Plan:
+        tuner = make()
+        state = jax.eval_shape(tuner.init, params)
+        return compile_for(config.device, tuner.step.__wrapped__, (state, batch), donate=(0,))
+
+    # Two at a time: parts of XLA's compiler use one core only.
+    with ThreadPoolExecutor(2) as pool, progress(f"compiling for {config.device}", len(made)) as advance:
+        plans = {name: pool.submit(plan, make) for name, make in made.items()}
+        names = {future: name for name, future in plans.items()}
+        for future in as_completed(names):
+            future.result()
+            advance(1, names[future])
+    return [
+        Row(name, step, plans[name].result().peak_bytes, plans[name].result().argument_bytes)
+        for name in made
+        for step in (("plain", "refresh") if name == "gasdu" else ("plain",))
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
