@@ -6,3 +6,4 @@ An op is a folder: `reference.py` is plain XLA, `op.py` checks arguments and cho
 from jaxsparse.kernels.gradient_topk.op import GradientTopK as GradientTopK
 from jaxsparse.kernels.gradient_topk.op import gradient_topk as gradient_topk
 from jaxsparse.kernels.sampled_matmul.op import sampled_matmul as sampled_matmul
+from jaxsparse.kernels.sketched_energy.op import sketched_energy as sketched_energy

@@ -13,12 +13,13 @@ from jaxsparse.engine.micro_batches import split_batch
 from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
+from jaxsparse.select.schedules import Adaptive
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices
 
-__all__ = ["Backward", "picks_in_backward", "slot_gradients"]
+__all__ = ["Backward", "Energies", "picks_in_backward", "sketches", "slot_gradients"]
 
 
 class Backward(NamedTuple):
@@ -29,21 +30,39 @@ class Backward(NamedTuple):
         tokens: target tokens of the batch.
         supports: for every target the support that its gradients belong to.
         gradients: for every target the gradients of its slots, in at least float32.
-        energies: for every target the sum of squares of the whole gradient of each matrix, where a support was picked
-            by it; None if that never happens.
+        energies: of the gradients that supports are picked by, or None if none are picked by gradients.
     """
 
     loss: Float[Array, ""]
     tokens: Float[Array, ""]
     supports: list[Int[Array, "..."]]
     gradients: list[Float[Array, "..."]]
-    energies: list[Float[Array, " stack"]] | None
+    energies: "Energies | None"
+
+
+class Energies(NamedTuple):
+    """Sums of squares of gradients, for every target those of each of its matrices.
+
+    With micro-batches they are those of the first, by which supports are picked.
+
+    Attributes:
+        kept: of the slots' gradients.
+        whole: of the whole gradients: exact where a support was picked, else an estimate or 0.
+    """
+
+    kept: list[Float[Array, " stack"]]
+    whole: list[Float[Array, " stack"]]
 
 
 def picks_in_backward(description: Description) -> bool:
     """Whether supports are picked by the gradient inside the backward pass."""
     given = description.given
     return "gradient" in description.score.needs and not given.get("gradient") and given.get("support") is None
+
+
+def sketches(description: Description) -> bool:
+    """Whether retention is estimated on steps that pick nothing: schedules that wait for it to fall need that."""
+    return isinstance(description.schedule, Adaptive) and picks_in_backward(description)
 
 
 def slot_gradients(
@@ -54,6 +73,7 @@ def slot_gradients(
     supports: list[Array],
     due: Bool[Array, ""],
     batch: Any,
+    step: Int[Array, ""],
     micro_batches: int = 1,
 ) -> Backward:
     """Differentiates a loss with respect to slots.
@@ -66,6 +86,7 @@ def slot_gradients(
         supports: for every target the support as it stands.
         due: whether supports are to be picked by this gradient, if they are by any.
         batch: the batch; with micro-batches their number must divide the leading axis of its arrays.
+        step: number of the step, from which the randomness of estimates is drawn.
         micro_batches: how many; supports are picked on the first, gradients are means weighed by tokens.
 
     Raises:
@@ -77,7 +98,7 @@ def slot_gradients(
     def loss_of(probes: list[Any], supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array]:
         wrapped: list[Any] = list(leaves)
         for target, probe, support in zip(targets, probes, supports, strict=True):
-            wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, picks)
+            wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, step)
         return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
 
     def one(supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array, list[Any]]:
@@ -109,12 +130,13 @@ def _accumulated(
     def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
         supports, due, sums = carry
         found = _unpacked(targets, *one(supports, due, micro_batch), supports, picks)
-        loss, gradients, energies, tokens = sums
+        loss, gradients, energies, tokens, is_first = sums
         loss, gradients = jax.tree.map(
             lambda total, leaf: total + leaf * found.tokens, (loss, gradients), (found.loss, found.gradients)
         )
-        energies = jax.tree.map(lambda old, new: jnp.where(due, new, old), energies, found.energies)
-        return (found.supports, jnp.zeros_like(due), (loss, gradients, energies, tokens + found.tokens)), None
+        energies = jax.tree.map(lambda old, new: jnp.where(is_first, new, old), energies, found.energies)
+        sums = loss, gradients, energies, tokens + found.tokens, jnp.zeros_like(is_first)
+        return (found.supports, jnp.zeros_like(due), sums), None
 
     shapes = jax.eval_shape(
         lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
@@ -124,8 +146,8 @@ def _accumulated(
         lambda shape: jnp.zeros(shape.shape, shape.dtype),
         (shapes.loss, shapes.gradients, shapes.energies, shapes.tokens),
     )
-    (supports, _, (loss, gradients, energies, tokens)), _ = jax.lax.scan(
-        add, (supports, due, zeros), split_batch(batch, micro_batches)
+    (supports, _, (loss, gradients, energies, tokens, _)), _ = jax.lax.scan(
+        add, (supports, due, (*zeros, jnp.array(True))), split_batch(batch, micro_batches)
     )
     count = jnp.maximum(tokens, 1)
     means = [gradient / count for gradient in gradients]
@@ -147,7 +169,7 @@ def _wrap(
     probe: Any,
     support: Array,
     due: Array,
-    picks: bool,
+    step: Array,
 ) -> Any:
     """A weight as the model is to see it."""
     units, view = target.subspace, target.view
@@ -160,9 +182,12 @@ def _wrap(
     elif isinstance(units, Blocks):
         _, _, down, across = units.grid(view.in_size, view.out_size)
         rule = BlockSlots(down * across, across)
-    elif picks:
-        rule = PickedSlots(view.out_size, description.score)
+    elif picks_in_backward(description):
+        rule = PickedSlots(view.out_size, description.score, sketches(description))
         slots["due"] = jnp.broadcast_to(due, (view.stack,))
+        if rule.sketches:
+            seed = jax.random.fold_in(jax.random.fold_in(jax.random.key(description.seed), target.position), step)
+            slots["key"] = jax.random.key_data(jax.random.split(seed, view.stack))
         if "weight" in description.score.needs:
             slots["weight"] = view.matrices(weight)
         if "activation" in description.score.needs:
@@ -189,15 +214,16 @@ def _probe(target: ResolvedTarget, weight: Array, support: Array, picks: bool) -
 def _unpacked(
     targets: Sequence[ResolvedTarget], loss: Array, tokens: Array, found: list[Any], supports: list[Array], picks: bool
 ) -> Backward:
-    gradients, picked, energies = [], [], []
+    gradients, picked, energies = [], [], Energies([], [])
     for target, support, probe in zip(targets, supports, found, strict=True):
         if isinstance(target.subspace, Everything):
             probe = target.subspace.cut(target.view.matrices(probe))
         if isinstance(probe, dict):
             place = probe["row"].astype(jnp.int32) * target.view.out_size + probe["column"].astype(jnp.int32)
             support = place.reshape(support.shape)
-            energies.append(probe["energy"])
+            energies.whole.append(probe["energy"])
             probe = probe["value"]
+            energies.kept.append(jnp.sum(jnp.square(probe), axis=1))
         gradients.append(probe)
         picked.append(support)
     return Backward(loss, tokens, picked, gradients, energies if picks else None)

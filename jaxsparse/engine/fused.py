@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxsparse.engine.backward import Backward, slot_gradients
+from jaxsparse.engine.backward import Backward, sketches, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
@@ -75,7 +75,12 @@ class FusedTuner:
     """Trains a model by a method; made by `js.fuse`.
 
     `step` is one jitted function that donates its state: keep no reference to an old state. It serves steps that pick a
-    support and steps that do not.
+    support and steps that do not: the choice lies inside the backward rule of each product, so that a plain step pays
+    for a branch that it does not take, and nothing is compiled twice.
+
+    Retentions are measured on steps that pick by the gradient, exactly. Between them the last ones stand, or with
+    `js.adaptive` they are estimated from unbiased sketches of the gradients' norms. They are those of the first
+    micro-batch.
 
     Args:
         loss_fn: (params, batch) -> (loss, number of target tokens).
@@ -115,7 +120,15 @@ class FusedTuner:
         due = description.schedule.due(method.progress)
         supports = leaves_of(targets, self._drawn(places, method, due))
         backward = slot_gradients(
-            self.loss_fn, description, targets, state.params, supports, due, batch, self.accumulate
+            self.loss_fn,
+            description,
+            targets,
+            state.params,
+            supports,
+            due,
+            batch,
+            method.progress.steps,
+            self.accumulate,
         )
         support, gradients = places.spread(backward.supports), places.spread(backward.gradients)
         weights = places.spread(jax.lax.optimization_barrier(_read(targets, state.params, backward.supports)))
@@ -123,7 +136,7 @@ class FusedTuner:
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 
         finite = all_finite((gradients, moves))
-        progress = advance(method.progress, due, *_retention(method.progress, backward, due))
+        progress = advance(method.progress, due, *_retention(method.progress, backward, due | sketches(description)))
         taken = method._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
         skipped = method.progress._replace(skipped=method.progress.skipped + 1)
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
@@ -177,12 +190,11 @@ def _read(targets: Any, params: Any, supports: Any) -> list[Array]:
     ]
 
 
-def _retention(progress: Progress, backward: Backward, due: Array) -> tuple[Array, Array]:
-    """Measured on steps that stream over the gradient; between them the last measurement stands."""
+def _retention(progress: Progress, backward: Backward, measured: Array) -> tuple[Array, Array]:
+    """Where nothing is measured, the last measurement stands; an estimate may say more than 1 and does not."""
     if backward.energies is None:
         return progress.retention, progress.retention_mean
-    kept = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), axis=1) for g in backward.gradients]
-    parts, whole = jnp.concatenate(kept), jnp.concatenate(backward.energies)
-    overall = ratio(jnp.sum(parts), jnp.sum(whole)).astype(jnp.float32)
-    mean = jnp.mean(ratio(parts, whole).astype(jnp.float32))
-    return jnp.where(due, overall, progress.retention), jnp.where(due, mean, progress.retention_mean)
+    parts, whole = (jnp.concatenate(energies) for energies in backward.energies)
+    overall = jnp.minimum(ratio(jnp.sum(parts), jnp.sum(whole)), 1).astype(jnp.float32)
+    mean = jnp.mean(jnp.minimum(ratio(parts, whole), 1).astype(jnp.float32))
+    return jnp.where(measured, overall, progress.retention), jnp.where(measured, mean, progress.retention_mean)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsparse.engine.slotted import INPUT, SlotRule
-from jaxsparse.kernels import gradient_topk, sampled_matmul
+from jaxsparse.kernels import gradient_topk, sampled_matmul, sketched_energy
 from jaxsparse.select.scores import Entries, Score
 from jaxsparse.subspaces.units import Slices
 
@@ -97,18 +97,21 @@ class BlockSlots(SlotRule):
 class PickedSlots(SlotRule):
     """Entries that are picked again inside the backward pass, when that is due, by streaming over the gradient.
 
-    Slots: "support" int32 (k,); "due" bool (); "weight" and "activation" for scores that look at them; "probe", a dict
-    of zeros: "value", "row", "column" (k,) and "energy" (). The cotangents of the probe are the gradients of the
-    slots, where they lie, and the sum of squares of the whole gradient, 0 if nothing was picked. Rows and columns are
-    exact below 2**24 in float32. Cotangents that say where must never be summed: see `check_used_once`.
+    Slots: "support" int32 (k,); "due" bool (); "weight" and "activation" for scores that look at them; "key", random
+    bits for sketches of the energy; "probe", a dict of zeros: "value", "row", "column" (k,) and "energy" (). The
+    cotangents of the probe are the gradients of the slots, where they lie, and the sum of squares of the whole
+    gradient: exact if a support was picked, else an estimate if it is to be sketched, or 0. Rows and columns are exact
+    below 2**24 in float32. Cotangents that say where must never be summed: see `check_used_once`.
 
     Attributes:
         outputs: number of outputs of the matrix.
         score: what is picked.
+        sketches: whether the energy is estimated where nothing is picked.
     """
 
     outputs: int
     score: Score
+    sketches: bool
 
     def gradients(self, slots: Any, left: Array, right: Array) -> Any:
         """Returns values, places and energy."""
@@ -123,7 +126,10 @@ class PickedSlots(SlotRule):
     def _sampled(self, support: Array, slots: Any, left: Array, right: Array) -> Any:
         rows, columns = support // self.outputs, support % self.outputs
         values = sampled_matmul(left, right, rows, columns)
-        return _as_probe(slots["probe"], values, rows, columns, jnp.zeros(()))
+        energy = jnp.zeros(())
+        if self.sketches:
+            energy = sketched_energy(left, right, jax.random.wrap_key_data(slots["key"]))
+        return _as_probe(slots["probe"], values, rows, columns, energy)
 
     def _tile_score(self, slots: Any) -> Callable[[Array, Array], Array]:
         entries_score = self.score.entries

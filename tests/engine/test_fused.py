@@ -158,6 +158,35 @@ def test_accumulation_picks_on_the_first_micro_batch(rng: np.random.Generator) -
     jax.tree.map(np.testing.assert_array_equal, found.method.support, expected.method.support)
 
 
+def test_adaptive_refreshes_wait_for_retention_to_fall(rng: np.random.Generator) -> None:
+    """It is estimated where nothing is picked: near 1 while the gradient stays, and 0 once it is elsewhere."""
+    schedule = js.adaptive(0.1, minimum=3, maximum=50)
+    method = js.gasdu(optax.sgd(0.01), density=3 / 20, refresh_every=schedule, targets="w", seed=int(rng.integers(99)))
+    towards = jnp.asarray(rng.normal(size=4), jnp.float32)
+    tuner = js.fuse(lambda params, x: jnp.sum(x @ params["w"] * towards), method)
+    state = tuner.init({"w": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)})
+    told = []
+    for row in (2, 2, 2, 2, 0, 0):
+        state, metrics = tuner.step(state, jax.nn.one_hot(jnp.array([row]), 5))
+        told.append((bool(metrics.refreshed), float(metrics.retention)))
+    assert [refreshed for refreshed, _ in told] == [True, False, False, False, False, True]
+    exact, *estimates = [retention for _, retention in told]
+    assert all(exact / 4 <= estimate <= 1 for estimate in estimates[:3])  # sums of 4 signs are no larger
+    assert estimates[3] == 0
+    assert len(set(estimates[:3])) > 1  # fresh signs at every step
+    assert estimates[4] == pytest.approx(exact)
+
+
+def test_retention_is_that_of_the_micro_batch_that_picks(rng: np.random.Generator) -> None:
+    params, loss, batches = problem(rng)
+    method = js.gasdu(optax.sgd(0.02), density=0.1, targets=TARGETS)
+    whole, first = js.fuse(loss, method, accumulate=3), js.fuse(loss, method)
+    _, found = whole.step(whole.init(params), batches[0])
+    _, expected = first.step(first.init(params), batches[0][:2])
+    np.testing.assert_allclose(found.retention, expected.retention, rtol=1e-5)
+    np.testing.assert_allclose(found.retention_mean, expected.retention_mean, rtol=1e-5)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_tried_again(rng: np.random.Generator) -> None:
     params, loss, batches = problem(rng)
     tuner = js.fuse(loss, js.gasdu(optax.adam(0.1), density=0.1, targets=TARGETS))

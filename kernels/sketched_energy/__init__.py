@@ -1,0 +1,1 @@
+"""The size of a product of two matrices, without the product."""
