@@ -26,8 +26,8 @@ def gather_matmul(
     Args:
         x: activations.
         index: without `outputs`, (k, outputs): the inputs of every output, distinct and in range, so that
-            y[t, o] = sum_j values[j, o] x[t, index[j, o]]. With `outputs`, (k,): flat indices row * outputs + column in D,
-            distinct; those beyond D are left out, and their values get cotangents of 0.
+            y[t, o] = sum_j values[j, o] x[t, index[j, o]]. With `outputs`, (k,): distinct flat indices
+            row * outputs + column in D; those beyond D are left out, and their values get cotangents of 0.
         values: the entries, of the shape of `index`.
         outputs: columns of D, for flat indices.
 

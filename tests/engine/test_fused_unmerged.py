@@ -118,7 +118,7 @@ def test_what_cannot_stay_beside_the_weights_says_so() -> None:
         js.neuroada(optax.sgd(0.1), unmerged="yes")  # type: ignore[arg-type]
     slices = {"subspace": js.subspaces.Slices(1), "score": js.select.WEIGHT, "sees": "change"}
     tuner = js.fuse(jnp.sum, js.subspace_descent(optax.sgd(0.1), **slices, targets="w", unmerged=True))
-    with pytest.raises(js.InputError, match="unmerged=True is for single entries.* w has Slices"):
+    with pytest.raises(js.InputError, match=r"unmerged=True is for single entries.* w has Slices"):
         tuner.init({"w": jnp.ones((3, 4))})
     by_gradient = js.neuroada(optax.sgd(0.1), select="gradient", targets="w", unmerged=True)
     with pytest.raises(js.InputError, match=r"pick the support by js\.calibrate"):
