@@ -133,8 +133,6 @@ class Description(Method):
         if not _is_slots_dtype(self.slots_dtype):
             raise InputError(f"slots_dtype must be a floating-point dtype, None or 'promote', got {self.slots_dtype!r}")
         check_count("calibration_steps", self.calibration_steps, least=0)
-        if not isinstance(self.unmerged, bool):
-            raise TypeError(f"{self.name}: unmerged must be True or False, got {self.unmerged!r}")
         if self.unmerged and (self.sees != "change" or not isinstance(self.schedule, Once)):
             raise InputError(
                 f"{self.name}: unmerged=True is for slots that hold the change of weights, picked once: it needs "
