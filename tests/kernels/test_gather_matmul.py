@@ -63,20 +63,28 @@ def test_all_routes_agree(rng: np.random.Generator) -> None:
     x, y = rng.normal(size=(tokens, inputs)), rng.normal(size=(tokens, outputs))
     values = rng.normal(size=index.shape)
     matrix = dense(flat, values, inputs, outputs)
-    with jax.enable_x64(True):
-        x, y, index, values, flat = (jnp.asarray(array) for array in (x, y, index, values, flat))
+
+    @jax.jit
+    def routes(x: jax.Array, y: jax.Array, index: jax.Array, flat: jax.Array, values: jax.Array) -> Any:
         rows, columns, entries = flat // outputs, flat % outputs, values.reshape(-1)
-        found = {
-            "gather": (reference.neurons_by_gather(x, index, values), x @ matrix),
-            "bands": (reference.neurons_by_bands(x, index, values), x @ matrix),
-            "blocks": (reference.entries_by_blocks(x, rows, columns, entries, outputs), x @ matrix),
-            "entry bands": (reference.entries_by_bands(x, rows, columns, entries, outputs), x @ matrix),
-            "transposed bands": (reference.neurons_transposed_by_bands(y, index, values, inputs), y @ matrix.T),
-            "transposed blocks": (reference.entries_by_blocks(y, columns, rows, entries, inputs), y @ matrix.T),
-            "transposed entry bands": (reference.entries_by_bands(y, columns, rows, entries, inputs), y @ matrix.T),
+        there = {
+            "gather": reference.neurons_by_gather(x, index, values),
+            "bands": reference.neurons_by_bands(x, index, values),
+            "blocks": reference.entries_by_blocks(x, rows, columns, entries, outputs),
+            "entry bands": reference.entries_by_bands(x, rows, columns, entries, outputs),
         }
-        for name, (result, expected) in found.items():
-            np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+        back = {
+            "bands": reference.neurons_transposed_by_bands(y, index, values, inputs),
+            "blocks": reference.entries_by_blocks(y, columns, rows, entries, inputs),
+            "entry bands": reference.entries_by_bands(y, columns, rows, entries, inputs),
+        }
+        return there, back
+
+    with jax.enable_x64(True):
+        found = routes(*(jnp.asarray(array) for array in (x, y, index, flat, values)))
+        for group, expected in zip(found, (x @ matrix, y @ matrix.T), strict=True):
+            for name, result in group.items():
+                np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_layers_may_be_mapped_over(rng: np.random.Generator) -> None:
@@ -87,7 +95,7 @@ def test_layers_may_be_mapped_over(rng: np.random.Generator) -> None:
         return jnp.sum(gather_matmul(x, index, values) ** 2)
 
     arguments = values, x, jnp.asarray(index)
-    found = jax.vmap(jax.grad(energy))(*arguments)
+    found = jax.jit(jax.vmap(jax.grad(energy)))(*arguments)
     expected = jax.lax.map(lambda layer: jax.grad(energy)(*layer), arguments)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -98,7 +106,7 @@ def test_entries_beyond_the_matrix_are_none(inputs: int, rng: np.random.Generato
     x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, inputs), 4))
     index = jnp.array([5, inputs * 3, 1, inputs * 3])
     product = lambda values: jnp.sum(gather_matmul(x, index, values, 3))  # noqa: E731
-    found, gradient = jax.value_and_grad(product)(values)
+    found, gradient = jax.jit(jax.value_and_grad(product))(values)
     np.testing.assert_allclose(found, np.sum(x @ dense(np.array([5, 1]), values[::2], inputs, 3)), rtol=1e-4)
     assert not np.any(gradient[1::2])
     assert np.all(gradient[::2])
