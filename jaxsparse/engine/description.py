@@ -86,6 +86,10 @@ class Description(Method):
             are counted over the whole run; for carries that reset the inner optimizer's own count.
         calibration_steps: so many first updates change nothing: the mean of their gradients picks the units. The
             state then holds a dense sum.
+        unmerged: the fused engine leaves the weights alone while it trains and adds the product with the slots to
+            theirs; then slots may be narrower than the weights. The reference engine, whose updates are of weights,
+            commits every step all the same, by masters in promote_types(weight dtype, float32). For slots that hold
+            the change of weights, picked once.
         given: statistics by parameter path, to be used in place of this step's: "gradient" (in the parameter's
             shape), "activation" (stack, in) or for output slices (stack, out), or "support", the units themselves
             (stack, ...).
@@ -105,6 +109,7 @@ class Description(Method):
     scale: Any = 1.0
     learning_rate: Any = None
     calibration_steps: int = 0
+    unmerged: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,6 +133,11 @@ class Description(Method):
         if not _is_slots_dtype(self.slots_dtype):
             raise InputError(f"slots_dtype must be a floating-point dtype, None or 'promote', got {self.slots_dtype!r}")
         check_count("calibration_steps", self.calibration_steps, least=0)
+        if self.unmerged and (self.sees != "change" or not isinstance(self.schedule, Once)):
+            raise InputError(
+                f"{self.name}: unmerged=True is for slots that hold the change of weights, picked once: it needs "
+                f"sees='change' and js.select.Once(), got sees={self.sees!r} and {self.schedule!r}"
+            )
 
     @property
     def trains(self) -> bool:
@@ -191,18 +201,22 @@ class Description(Method):
         """Returns the dtype of the slots of a weight.
 
         Raises:
-            InputError: the slots' dtype cannot hold the weight's values.
+            InputError: slots that are committed cannot hold the weight's values in their dtype.
         """
         if self.slots_dtype is None:
             return jnp.dtype(weight_dtype)
         if isinstance(self.slots_dtype, str) and self.slots_dtype == "promote":
             return score_dtype(weight_dtype)
         dtype = jnp.dtype(self.slots_dtype)
-        if jnp.promote_types(dtype, weight_dtype) != dtype:
+        if not self.unmerged and jnp.promote_types(dtype, weight_dtype) != dtype:
             raise InputError(
                 f"slots_dtype={dtype} cannot hold weights of {weight_dtype}; use 'promote' or a wider dtype"
             )
         return dtype
+
+    def master_dtype(self, weight_dtype: jnp.dtype) -> jnp.dtype:
+        """Returns the dtype of what is written into a weight before it is rounded: the slots', unless unmerged."""
+        return score_dtype(weight_dtype) if self.unmerged else self.slot_dtype(weight_dtype)
 
 
 def _words(kind: type) -> str:

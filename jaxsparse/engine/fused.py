@@ -17,6 +17,7 @@ from jaxsparse.engine.backward import Backward, sketches, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
+from jaxsparse.engine.fused_unmerged import FusedUnmergedTuner
 from jaxsparse.engine.fusible import check_fusible, first_support
 from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
@@ -34,7 +35,7 @@ LossFn = Callable[[Any, Any], Any]
 
 def fuse(
     loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
-) -> "FusedTuner | FusedLowRankTuner":
+) -> "FusedTuner | FusedLowRankTuner | FusedUnmergedTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
     Args:
@@ -68,7 +69,8 @@ def fuse(
     description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
     if isinstance(description, LowRank):
         return FusedLowRankTuner(with_tokens, description, accumulate)
-    return FusedTuner(with_tokens, check_fusible(description), accumulate)
+    tuner = FusedUnmergedTuner if description.unmerged else FusedTuner
+    return tuner(with_tokens, check_fusible(description), accumulate)
 
 
 class FusedTuner:

@@ -30,6 +30,7 @@ __all__ = [
     "ratio",
     "reference_engine",
     "retention",
+    "step_slots",
 ]
 
 
@@ -94,8 +95,9 @@ def fresh_state(description: Description, support: Any, slot_weights: Any, evide
     """
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, description.slot_dtype(w.dtype)), slot_weights)
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), zeros)
-    has_master = jax.tree.map(lambda w, z: description.inner is not None and w.dtype != z.dtype, slot_weights, zeros)
-    master = jax.tree.map(lambda has, z: jnp.copy(z) if has else optax.MaskedNode(), has_master, zeros)
+    wide = jax.tree.map(lambda w: jnp.zeros(w.shape, description.master_dtype(w.dtype)), slot_weights)
+    has_master = jax.tree.map(lambda w, m: description.inner is not None and w.dtype != m.dtype, slot_weights, wide)
+    master = jax.tree.map(lambda has, m: m if has else optax.MaskedNode(), has_master, wide)
     inner = () if description.inner is None else description.inner.init(zeros)
     slots = zeros if description.sees == "change" else nothing
     return SubspaceState(Progress.start(), support, slots, master, inner, evidence)
@@ -260,7 +262,7 @@ def move_slots(
     description: Description, state: SubspaceState, slot_gradients: Any, weights: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any]:
     """Returns one step of the inner optimizer: what to add to every slot's weight, slots, masters and inner state."""
-    wide = jax.tree.map(lambda w: w.astype(description.slot_dtype(w.dtype)), weights)
+    wide = jax.tree.map(lambda w: w.astype(description.master_dtype(w.dtype)), weights)
     master = jax.tree.map(
         lambda m, w, x: x if is_masked(m) else jnp.where(m.astype(w.dtype) == w, m, x),
         *(state.master, weights, wide),
@@ -271,12 +273,10 @@ def move_slots(
         "change": lambda: state.slots,
         "weight": lambda: master,
     }[description.sees]()
-    gradients = jax.tree.map(lambda g, x: g.astype(x.dtype) * description.scale, slot_gradients, wide)
-    assert description.inner is not None
-    update = optax.with_extra_args_support(description.inner).update
-    steps, inner = update(gradients, state.inner, seen, **extra_args)
-    steps = at_rate(steps, description.learning_rate, state.progress.steps)
+    steps, inner = step_slots(description, state, slot_gradients, seen, extra_args)
     slots = jax.tree.map(jnp.add, state.slots, steps) if description.sees == "change" else state.slots
+    if description.unmerged:  # the weights are to say what the slots say, however much of a step those round away
+        steps = jax.tree.map(lambda new, old, x: new.astype(x.dtype) - old.astype(x.dtype), slots, state.slots, wide)
     changes = jax.tree.map(lambda step, x: (step * description.scale).astype(x.dtype), steps, wide)
     new_master = jax.tree.map(
         lambda old, m, change: old if is_masked(old) else m + change, state.master, master, changes, is_leaf=is_masked
@@ -288,3 +288,22 @@ def move_slots(
         is_leaf=is_masked,
     )
     return moves, slots, new_master, inner
+
+
+def step_slots(
+    description: Description, state: SubspaceState, slot_gradients: Any, seen: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Returns what the inner optimizer says of the slots' gradients, and its new state.
+
+    Args:
+        description: the method.
+        state: the state on the support that the gradients belong to.
+        slot_gradients: gradients of the weights at the support.
+        seen: what the inner optimizer gets as parameters, in the slots' dtype.
+        extra_args: what else it gets.
+    """
+    gradients = jax.tree.map(lambda g, x: g.astype(x.dtype) * description.scale, slot_gradients, seen)
+    assert description.inner is not None
+    update = optax.with_extra_args_support(description.inner).update
+    steps, inner = update(gradients, state.inner, seen, **extra_args)
+    return at_rate(steps, description.learning_rate, state.progress.steps), inner

@@ -30,6 +30,7 @@ def subspace_descent(
     given: Mapping[str, Mapping[str, Any]] | None = None,
     targets: Targets = None,
     slots_dtype: SlotsDType = "promote",
+    unmerged: bool = False,
     seed: int | jax.Array = 0,
     name: str = "subspace_descent",
 ) -> SubspaceTransformation:
@@ -52,6 +53,8 @@ def subspace_descent(
             input), or "support", the units themselves.
         targets: the weights that may move; None: the attention projections of a known model.
         slots_dtype: "promote" keeps float32 masters of narrower weights; None keeps none.
+        unmerged: whether the fused engine leaves weights alone while it trains and adds the product with the slots,
+            which must be entries that hold a "change" and are picked once, to theirs.
         seed: of scores that draw.
         name: what errors and reports call the method.
 
@@ -89,6 +92,7 @@ def subspace_descent(
             given=given or {},
             targets=targets,
             slots_dtype=slots_dtype,
+            unmerged=unmerged,
             seed=seed,
         )
     )

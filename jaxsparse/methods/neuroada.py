@@ -25,6 +25,7 @@ def neuroada(
     select: Literal["magnitude", "reverse", "gradient", "random"] = "magnitude",
     targets: Targets = None,
     slots_dtype: SlotsDType = "promote",
+    unmerged: bool = False,
     seed: int | jax.Array = 0,
 ) -> SubspaceTransformation:
     r"""Trains k inputs of every neuron, those with the largest weights, picked once before training.
@@ -46,8 +47,12 @@ def neuroada(
             step, "random" any (figure 7).
         targets: the weights that may move; the paper's are all seven linear layers of a block. None: the attention
             projections of a known model.
-        slots_dtype: "promote" commits into W in place with float32 masters of narrower weights (the paper keeps
-            bf16 deltas beside W and says that no masters are needed); None keeps none.
+        slots_dtype: "promote" keeps theta in float32, and commits into W in place with float32 masters of narrower
+            weights; None keeps no masters. The paper keeps bf16 deltas beside W and says that no masters are needed:
+            that is unmerged=True, slots_dtype="bfloat16".
+        unmerged: whether training leaves W alone and adds x Delta, a sparse product, to x W: the fused engine then
+            writes no weight, and `params` of its tuner returns them with theta merged in. Here, in the reference
+            engine, updates are of W and every step is committed: the same trajectory up to the rounding of W.
         seed: of "random".
 
     Returns:
@@ -78,6 +83,7 @@ def neuroada(
             sees="change",
             targets=targets,
             slots_dtype=slots_dtype,
+            unmerged=unmerged,
             seed=seed,
         )
     )

@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "gasdu": lambda: js.gasdu(optax.adam(1e-3), density=0.005),
     "gasdu, dense": lambda: js.gasdu(optax.adam(1e-3), density=0.05),
     "neuroada": lambda: js.neuroada(optax.adam(1e-3), k=1),
+    "neuroada, unmerged": lambda: js.neuroada(optax.adam(1e-3), k=1, unmerged=True),
     "paca": lambda: js.paca(optax.adam(1e-3), rank=3),
     "s2ft": lambda: js.s2ft(optax.adam(1e-3), output=0.25, down=0.05, head_size=CONFIG.head_dim),
     "cola": lambda: js.cola(optax.adam(1e-3), rank=3, chain_every=5),

@@ -1,0 +1,1 @@
+"""Products with a sparse matrix that never exists as a whole."""

@@ -1,0 +1,111 @@
+"""Products with a sparse matrix, given by its entries."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product, neurons_transposed
+from jaxsparse.kernels.sampled_matmul.op import sampled_matmul
+from jaxtyping import Array, Float, Int
+
+__all__ = ["gather_matmul"]
+
+
+def gather_matmul(
+    x: Float[Array, "tokens inputs"],
+    index: Int[Array, "..."],
+    values: Float[Array, "..."],
+    outputs: int | None = None,
+) -> Float[Array, "tokens outputs"]:
+    """Returns x @ D for a sparse matrix D (inputs, outputs) that holds `values` at `index` and never exists as a whole.
+
+    It can be differentiated, once and in reverse, with respect to x and values: the former is a sparse product again,
+    the latter a sampled one. Cotangents are read in x's dtype. Many entries are multiplied as bands of D, in x's dtype
+    and summed in at least float32; else all arithmetic is in at least float32.
+
+    Args:
+        x: activations.
+        index: without `outputs`, (k, outputs): the inputs of every output, distinct and in range, so that
+            y[t, o] = sum_j values[j, o] x[t, index[j, o]]. With `outputs`, (k,): distinct flat indices
+            row * outputs + column in D; those beyond D are left out, and their values get cotangents of 0.
+        values: the entries, of the shape of `index`.
+        outputs: columns of D, for flat indices.
+
+    Returns:
+        The product in promote_types(x and values, float32).
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: `index` holds no integers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, index = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]])
+        >>> gather_matmul(x, index, jnp.array([[10.0, 0.5]]))
+        Array([[30. ,  0.5]], dtype=float32)
+        >>> gather_matmul(x, jnp.array([4, 0]), jnp.array([10.0, 0.5]), outputs=2)
+        Array([[30.5,  0. ]], dtype=float32)
+    """
+    axes = 2 if outputs is None else 1
+    if x.ndim != 2:
+        raise ValueError(f"x must be (tokens, inputs), got shape {x.shape}")
+    if index.shape != values.shape:
+        raise ValueError(f"index and values must have one shape, got {index.shape} and {values.shape}")
+    if index.ndim != axes:
+        form = "(k, outputs) without outputs" if outputs is None else f"(k,) with outputs={outputs}"
+        raise ValueError(f"index must be {form}, got shape {index.shape}")
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"index must hold integers, got {index.dtype}")
+    if outputs is None:
+        return _neurons(x, index, values)
+    if outputs < 1:
+        raise ValueError(f"outputs must be at least 1, got {outputs}")
+    return _entries(outputs, x, index, values)
+
+
+@jax.custom_vjp
+def _neurons(x: Array, index: Array, values: Array) -> Array:
+    return neurons_product(x, index, values)
+
+
+def _neurons_forward(x: Array, index: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
+    return neurons_product(x, index, values), (x, index, values)
+
+
+def _neurons_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array]:
+    x, index, values = kept
+    dy = dy.astype(x.dtype)
+    columns = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=index.dtype), index.shape)
+    dx = neurons_transposed(dy, index, values, x.shape[1])
+    return dx.astype(x.dtype), None, sampled_matmul(x, dy, index, columns).astype(values.dtype)
+
+
+_neurons.defvjp(_neurons_forward, _neurons_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _entries(outputs: int, x: Array, index: Array, values: Array) -> Array:
+    rows, columns, present = _places(outputs, x, index, values)
+    return entries_product(x, rows, columns, present, outputs)
+
+
+def _entries_forward(outputs: int, x: Array, index: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _entries(outputs, x, index, values), (x, index, values)
+
+
+def _entries_backward(outputs: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array]:
+    x, index, values = kept
+    dy = dy.astype(x.dtype)
+    rows, columns, present = _places(outputs, x, index, values)
+    dx = entries_product(dy, columns, rows, present, x.shape[1])
+    found = jnp.where(index < x.shape[1] * outputs, sampled_matmul(x, dy, rows, columns), 0)
+    return dx.astype(x.dtype), None, found.astype(values.dtype)
+
+
+_entries.defvjp(_entries_forward, _entries_backward)
+
+
+def _places(outputs: int, x: Array, index: Array, values: Array) -> tuple[Array, Array, Array]:
+    """Rows, columns and values; an entry beyond the matrix is a 0 in its last row."""
+    rows = jnp.minimum(index // outputs, x.shape[1] - 1)
+    return rows, index % outputs, jnp.where(index < x.shape[1] * outputs, values, 0)

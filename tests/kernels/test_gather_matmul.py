@@ -1,0 +1,124 @@
+"""Sparse products, and their gradients, are those of the dense matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.kernels import gather_matmul
+from jaxsparse.kernels.gather_matmul import reference
+
+# (tokens, inputs, outputs, k, dtype): odd sizes; all inputs, few of many, one, and one of one.
+SIZES = [(7, 13, 5, 13, "bfloat16"), (3, 301, 11, 2, "bfloat16"), (1, 9, 37, 1, "float32"), (2, 1, 1, 1, "float32")]
+
+
+def neurons(rng: np.random.Generator, inputs: int, outputs: int, k: int) -> np.ndarray:
+    """k distinct inputs of every output; low ones are liked best, so that many outputs share an input."""
+    liking = rng.normal(size=(inputs, outputs)) - np.linspace(0, 4, inputs)[:, None]
+    return np.argsort(-liking, axis=0)[:k].astype(np.int32)
+
+
+def dense(flat: np.ndarray, values: Any, inputs: int, outputs: int) -> np.ndarray:
+    matrix = np.zeros(inputs * outputs)
+    matrix[flat] = np.asarray(values, np.float64).reshape(-1)
+    return matrix.reshape(inputs, outputs)
+
+
+@pytest.mark.parametrize("form", ["neurons", "entries"])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "k", "dtype"), SIZES)
+def test_product_and_gradients_are_those_of_the_dense_matrix(
+    tokens: int, inputs: int, outputs: int, k: int, dtype: str, form: str, rng: np.random.Generator
+) -> None:
+    by_neuron = neurons(rng, inputs, outputs, k)
+    flat = (by_neuron * outputs + np.arange(outputs)).reshape(-1)
+    index, size = (by_neuron, None) if form == "neurons" else (rng.permutation(flat), outputs)
+    places = flat if form == "neurons" else index
+    x = jnp.asarray(rng.normal(size=(tokens, inputs)), dtype)
+    dy = jnp.asarray(rng.normal(size=(tokens, outputs)), dtype).astype(jnp.float32)
+    values = jnp.asarray(rng.normal(size=index.shape), dtype)
+
+    @jax.jit
+    def both(x: jax.Array, values: jax.Array) -> Any:
+        y, transpose = jax.vjp(lambda x, values: gather_matmul(x, jnp.asarray(index), values, size), x, values)
+        return y, transpose(dy)
+
+    y, (dx, dvalues) = both(x, values)
+    assert (y.dtype, dx.dtype, dvalues.dtype) == (jnp.float32, x.dtype, values.dtype)
+    matrix, wide, slopes = dense(places, values, inputs, outputs), np.float64(x), np.float64(dy)
+    exact = 1e-5 if dtype == "float32" else 2**-7
+    scale = np.sqrt(max(k, tokens))
+    np.testing.assert_allclose(y, wide @ matrix, rtol=1e-5, atol=1e-5 * scale)
+    np.testing.assert_allclose(np.float64(dx), slopes @ matrix.T, rtol=exact, atol=exact * np.sqrt(outputs))
+    expected = (wide.T @ slopes).reshape(-1)[places].reshape(index.shape)
+    np.testing.assert_allclose(np.float64(dvalues), expected, rtol=exact, atol=exact * scale)
+
+
+def test_all_routes_agree(rng: np.random.Generator) -> None:
+    """The cost model chooses among routes that compute one thing."""
+    tokens, inputs, outputs, k = 5, 37, 70, 3  # more entries than a block
+    index = neurons(rng, inputs, outputs, k)
+    flat = (index * outputs + np.arange(outputs)).reshape(-1)
+    x, y = rng.normal(size=(tokens, inputs)), rng.normal(size=(tokens, outputs))
+    values = rng.normal(size=index.shape)
+    matrix = dense(flat, values, inputs, outputs)
+
+    @jax.jit
+    def routes(x: jax.Array, y: jax.Array, index: jax.Array, flat: jax.Array, values: jax.Array) -> Any:
+        rows, columns, entries = flat // outputs, flat % outputs, values.reshape(-1)
+        there = {
+            "gather": reference.neurons_by_gather(x, index, values),
+            "bands": reference.neurons_by_bands(x, index, values),
+            "blocks": reference.entries_by_blocks(x, rows, columns, entries, outputs),
+            "entry bands": reference.entries_by_bands(x, rows, columns, entries, outputs),
+        }
+        back = {
+            "bands": reference.neurons_transposed_by_bands(y, index, values, inputs),
+            "blocks": reference.entries_by_blocks(y, columns, rows, entries, inputs),
+            "entry bands": reference.entries_by_bands(y, columns, rows, entries, inputs),
+        }
+        return there, back
+
+    with jax.enable_x64(True):
+        found = routes(*(jnp.asarray(array) for array in (x, y, index, flat, values)))
+        for group, expected in zip(found, (x @ matrix, y @ matrix.T), strict=True):
+            for name, result in group.items():
+                np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_layers_may_be_mapped_over(rng: np.random.Generator) -> None:
+    index = np.stack([neurons(rng, 40, 6, 1) for _ in range(3)])
+    x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4, 40), (3, 1, 6)))
+
+    def energy(values: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.sum(gather_matmul(x, index, values) ** 2)
+
+    arguments = values, x, jnp.asarray(index)
+    found = jax.jit(jax.vmap(jax.grad(energy)))(*arguments)
+    expected = jax.lax.map(lambda layer: jax.grad(energy)(*layer), arguments)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [6, 900])
+def test_entries_beyond_the_matrix_are_none(inputs: int, rng: np.random.Generator) -> None:
+    """Idle slots, on the way of many entries and on that of few, add nothing and get no gradient."""
+    x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, inputs), 4))
+    index = jnp.array([5, inputs * 3, 1, inputs * 3])
+    product = lambda values: jnp.sum(gather_matmul(x, index, values, 3))  # noqa: E731
+    found, gradient = jax.jit(jax.value_and_grad(product))(values)
+    np.testing.assert_allclose(found, np.sum(x @ dense(np.array([5, 1]), values[::2], inputs, 3)), rtol=1e-4)
+    assert not np.any(gradient[1::2])
+    assert np.all(gradient[::2])
+
+
+def test_what_does_not_fit_says_so() -> None:
+    x, index, values = jnp.ones((2, 3)), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4))
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 4\) and \(1, 3\)"):
+        gather_matmul(x, index, values[:, :3])
+    with pytest.raises(ValueError, match=r"\(k,\) with outputs=4, got shape \(1, 4\)"):
+        gather_matmul(x, index, values, 4)
+    with pytest.raises(ValueError, match=r"\(k, outputs\) without outputs, got shape \(4,\)"):
+        gather_matmul(x, index[0], values[0])
+    with pytest.raises(ValueError, match="outputs must be at least 1, got 0"):
+        gather_matmul(x, index[0], values[0], 0)
