@@ -19,12 +19,13 @@ from jaxsparse.subspaces.targets import ResolvedTarget
 __all__ = ["check_used_once"]
 
 _SAME = {
+    primitives.broadcast_in_dim_p,
     primitives.convert_element_type_p,
     primitives.copy_p,
+    primitives.name_p,
     primitives.reduce_precision_p,
     primitives.reshape_p,
     primitives.sharding_constraint_p,
-    primitives.stop_gradient_p,
     primitives.transpose_p,
 }
 _MANY = 2
@@ -68,6 +69,8 @@ def _uses(jaxpr: core.Jaxpr, held: dict[Any, _Held]) -> np.ndarray:
         axes, params = first.ndim - 1, equation.params
         if equation.primitive in _SAME:
             held[equation.outvars[0]] = first
+        elif equation.primitive is primitives.stop_gradient_p:
+            continue
         elif equation.primitive is lax.optimization_barrier_p:
             held.update((o, h) for o, h in zip(equation.outvars, operands, strict=True) if h is not None)
         elif equation.primitive is primitives.squeeze_p:
@@ -114,6 +117,8 @@ def _uses_inside(equation: Any, operands: list[_Held | None], layers: np.ndarray
         return _MANY * (body + within(params["cond_jaxpr"], [*operands[:conditions], *rest]))
     if equation.primitive is primitives.cond_p:
         return np.max([within(branch, operands[1:]) for branch in params["branches"]], axis=0)
+    if equation.primitive.name == "shard_map":
+        return _MANY * layers.astype(int)  # every device has a product of its own
     for name in ("jaxpr", "call_jaxpr"):
         if name in params:
             return within(params[name], operands)
