@@ -27,7 +27,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard,third-party]'
+	$(BIN)/python -m pip install --quiet --no-deps gemma-llm==1.0.0
 	touch $@
 
 clean:

@@ -54,7 +54,7 @@ def customised(equation: Any, call: Callable[..., Any], operands: Sequence[Any])
     abouts = tuple(replace(weight, base=None, slots=None) for weight in weights)
     bases = [operand.base if is_followed(operand) else operand for operand in operands]
     places = tuple(at for at, operand in enumerate(operands) if is_followed(operand))
-    name = f"{equation.primitive} of {equation.params.get('name') or 'a function'}"
+    name = f"{equation.primitive} of {equation.params['call_jaxpr'].jaxpr.debug_info.func_src_info}"
     if any(weight.rule.overlay for weight in weights):
         raise UnsupportedUseError(first_followed(operands).path, f"{name}, which sees no overlay")
 
@@ -62,10 +62,10 @@ def customised(equation: Any, call: Callable[..., Any], operands: Sequence[Any])
         return [replace(weights[0], base=result) for result in call(*bases)]
 
     @jax.custom_vjp
-    def function(bases: list[Array], slots: list[Any]) -> list[Array]:
+    def function(bases: list[Any], slots: list[Any]) -> list[Array]:
         return call(*bases)
 
-    def forward(bases: list[Array], slots: list[Any]) -> Any:
+    def forward(bases: list[Any], slots: list[Any]) -> Any:
         results, pullback = jax.vjp(call, *bases)
         return results, (pullback, bases, slots)
 
@@ -83,21 +83,21 @@ def customised(equation: Any, call: Callable[..., Any], operands: Sequence[Any])
     return function(bases, [weight.slots for weight in weights])
 
 
-def _moves(base: Array) -> bool:
+def _moves(base: Any) -> bool:
     """Whether an operand is of numbers that have derivatives."""
     return jnp.issubdtype(base.dtype, jnp.inexact)
 
 
-def _pull(pullback: Callable[..., Any], bases: list[Array], cotangents: list[Array]) -> list[Array]:
+def _pull(pullback: Callable[..., Any], bases: list[Any], cotangents: list[Array]) -> list[Array]:
     """The cotangents of the operands; 0 for those that have none."""
     found = pullback(cotangents)
     return [gradient if _moves(base) else jnp.zeros(()) for base, gradient in zip(bases, found, strict=True)]
 
 
-def _passes_gradients_on(call: Callable[..., list[Array]], bases: list[Array]) -> bool:
+def _passes_gradients_on(call: Callable[..., list[Array]], bases: list[Any]) -> bool:
     """Whether the one operand's cotangent is that of the one result."""
 
-    def pull(bases: list[Array], cotangents: list[Array]) -> list[Array]:
+    def pull(bases: list[Any], cotangents: list[Array]) -> list[Array]:
         return _pull(jax.vjp(call, *bases)[1], bases, cotangents)
 
     jaxpr = jax.make_jaxpr(pull)(bases, jax.eval_shape(call, *bases)).jaxpr
@@ -119,7 +119,7 @@ class _Product:
         form: gives the product itself.
     """
 
-    operands: tuple[Array, Array]
+    operands: tuple[Any, Any]
     contracted: tuple[tuple[int, ...], tuple[int, ...]]
     batched: tuple[tuple[int, ...], tuple[int, ...]]
     order: tuple[int, ...]
