@@ -1,7 +1,7 @@
 """Every layer of Flax that multiplies by a weight, linen and NNX: its slots have the dense gradient's entries."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as linen
 import jax
@@ -15,6 +15,8 @@ import jaxsparse as js
 from jaxsparse.engine.backward import slot_gradients
 from jaxsparse.engine.slotted import UnsupportedUseError
 from jaxsparse.engine.tuner import check_method
+from jaxsparse.models.configs import GPT2Config, LlamaConfig
+from jaxsparse.models.functional import LanguageModel
 
 WIDTH, HEADS, VOCABULARY = 4, 2, 7
 # Kernels of attention: (in, heads, width of a head), and (heads, width of a head, out).
@@ -22,6 +24,17 @@ ATTENTION = [js.Target(r".*(query|key|value)/kernel", in_axes=(0,)), js.Target(r
 KERNEL, EMBEDDING = [js.Target(r".*kernel")], [js.Target(r".*embedding")]
 INTO_HEADS, OUT_OF_HEADS = [js.Target(r".*kernel", in_axes=(0,))], [js.Target(r".*kernel", out_axes=(2,))]
 TRANSPOSED, STACKED = [js.Target(r".*kernel", in_axes=(1,))], [js.Target(r".*kernel", stack_axes=(0,))]
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "num_layers": 2, "num_heads": 4}
+TINY_LLAMA = LlamaConfig(**SIZES, num_kv_heads=2, head_dim=2)
+TINY_GPT2 = GPT2Config(**SIZES, max_position_embeddings=8)
+
+
+class LanguageBatch(NamedTuple):
+    tokens: Any
+    targets: Any
+    weights: Any
+    positions: Any
+    segments: Any
 
 
 class ScannedLinen(linen.Module):
@@ -126,7 +139,8 @@ def assert_slots_have_its_entries(method: Any, params: Any, loss: Callable[..., 
 
     @jax.jit
     def both(params: Any, x: Any) -> Any:
-        found = slot_gradients(lambda p, x: (loss(p, x), 1.0), description, targets, params, supports, True, x)
+        with_tokens, due = lambda p, x: (loss(p, x), jnp.ones(())), jnp.array(True)
+        found = slot_gradients(with_tokens, description, targets, params, supports, due, x)
         return jax.grad(loss)(params, x), found
 
     dense, found = both(params, x)
@@ -202,3 +216,15 @@ def test_rows_that_are_clipped_or_dropped_are_as_in_the_dense_gradient(rng: np.r
 
     method = js.fixed_mask(optax.sgd(1.0), density=0.5, targets=js.Target("table", in_axes=(0,)))
     assert_slots_have_its_entries(random_support(method, params, rng), params, loss, ids, 1e-6)
+
+
+@pytest.mark.parametrize("config", [TINY_LLAMA, TINY_GPT2], ids=["llama", "gpt2 with a tied head"])
+def test_every_matrix_of_our_models_is_followed(config: Any, rng: np.random.Generator) -> None:
+    model = LanguageModel(config, remat="dots", loss_chunk=4)
+    params = model.init(jax.random.key(int(rng.integers(2**31))))
+    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (2, 6)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+    batch = LanguageBatch(tokens, tokens[:, ::-1], jnp.ones(tokens.shape), positions, jnp.zeros_like(tokens))
+    targets = [js.Target(r"layers/.*kernel", stack_axes=(0,)), r"(?!layers/).*(kernel|embedding)"]
+    method = random_support(gasdu(targets), params, rng)
+    assert_slots_have_its_entries(method, params, lambda p, batch: model.loss(p, batch)[0], batch, 1e-5)
