@@ -1,5 +1,6 @@
 """Followed weights inside `jax.shard_map`: every device sees its shard of the weight, and slots of that shard."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -73,8 +74,8 @@ def of_shard(rule: SlotRule, slots: Any, shard: Shard) -> tuple[SlotRule, Any]:
 def _(rule: EntrySlots, slots: Any, shard: Shard) -> tuple[SlotRule, Any]:
     here, row = shard.number(INPUT, slots["support"] // rule.outputs)
     there, column = shard.number(OUTPUT, slots["support"] % rule.outputs)
-    outputs = _product(shard.own[OUTPUT])
-    support = jnp.where(here & there, row * outputs + column, _product(shard.own[INPUT]) * outputs)
+    outputs = math.prod(shard.own[OUTPUT])
+    support = jnp.where(here & there, row * outputs + column, math.prod(shard.own[INPUT]) * outputs)
     return EntrySlots(outputs), {"support": support, "probe": slots["probe"]}
 
 
@@ -89,13 +90,6 @@ def _(rule: SliceSlots, slots: Any, shard: Shard) -> tuple[SlotRule, Any]:
         raise NotImplementedError
     here, support = shard.number(kind, support)
     return rule, {"support": support, "probe": jnp.where(here.reshape(-1, *[1] * (probe.ndim - 1)), probe, 0)}
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def map_shards(params: dict[str, Any], values: Sequence[Any], evaluate: Callable[..., list[Any]]) -> Sequence[Any]:
@@ -149,15 +143,15 @@ def _own(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
     divided = tuple(name for axes in names[value.layers :] for name in axes)
     if not divided:
         return value
-    vary = [name for name in divided if name in jax.typeof(value.base).vma]
-    slots = _varied(value.slots, tuple(vary))
+    # Where JAX keeps account of what varies, slots must vary as the weight does.
+    slots = _varied(value.slots, tuple(name for name in divided if name in _varies_over(value.base)))
 
     def by_kind(of_axis: Callable[[int], Any]) -> dict[str, tuple[Any, ...]]:
         return {kind: tuple(of_axis(axis) for axis in value.axes(kind)) for kind in (INPUT, OUTPUT)}
 
     own = value.base.shape
     shard = Shard(
-        sizes=by_kind(lambda axis: own[axis] * _product(tuple(mesh.shape[name] for name in names[axis]))),
+        sizes=by_kind(lambda axis: own[axis] * math.prod(tuple(mesh.shape[name] for name in names[axis]))),
         own=by_kind(lambda axis: own[axis]),
         starts=by_kind(lambda axis: lax.axis_index(names[axis]) * own[axis] if names[axis] else 0),
     )
@@ -179,15 +173,23 @@ def _own(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
     return replace(value, slots=slots, rule=rules[0])
 
 
-def _varied(slots: Any, names: tuple[str, ...]) -> Any:
-    return jax.tree.map(lambda leaf: lax.pcast(leaf, names, to="varying"), slots) if names else slots
+def _varies_over(array: Array) -> frozenset[Any]:
+    """The axes of the mesh over which devices hold different values, as far as JAX keeps account."""
+    kind = jax.typeof(array)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def _varied(slots: Any, names: tuple[Any, ...]) -> Any:
+    """Slots marked as varying over axes of the mesh; their gradients are then summed over these."""
+
+    def mark(leaf: Array) -> Array:
+        new = tuple(name for name in names if name not in _varies_over(leaf))
+        return lax.pcast(leaf, new, to="varying") if new else leaf
+
+    return jax.tree.map(mark, slots)
 
 
 @register_rule("pvary")
 def _pvary(params: dict[str, Any], weight: SlottedWeight) -> Sequence[Any]:
     names = tuple(params["axes"])
-    slots = jax.tree.map(
-        lambda leaf: lax.pcast(leaf, tuple(n for n in names if n not in jax.typeof(leaf).vma), to="varying"),
-        weight.slots,
-    )
-    return [replace(weight, base=lax.pcast(weight.base, names, to="varying"), slots=slots)]
+    return [replace(weight, base=lax.pcast(weight.base, names, to="varying"), slots=_varied(weight.slots, names))]

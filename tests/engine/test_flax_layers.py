@@ -60,7 +60,7 @@ class TiedLinen(linen.Module):
 class ScannedNnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         make = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs), in_axes=0)
-        self.layers = make(rngs.fork(split=3))
+        self.layers = make(rngs.split(3))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         step = nnx.remat(lambda x, layer: jnp.tanh(layer(x)))
