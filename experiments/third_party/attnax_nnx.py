@@ -10,7 +10,7 @@ from flax import nnx
 import jaxsparse as js
 
 CONFIG = attnax.TransformerConfig(
-    num_layers=2,
+    num_layers=1,
     d_model=16,
     num_heads=4,
     num_kv_heads=2,

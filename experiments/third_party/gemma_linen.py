@@ -13,7 +13,7 @@ from gemma import transformer
 import jaxsparse as js
 
 CONFIG = transformer.TransformerConfig(
-    num_layers=2, num_embed=64, embed_dim=16, hidden_dim=32, num_heads=2, head_dim=8, num_kv_heads=1
+    num_layers=1, num_embed=64, embed_dim=16, hidden_dim=32, num_heads=2, head_dim=8, num_kv_heads=1
 )
 MODEL = transformer.Transformer(CONFIG)
 
