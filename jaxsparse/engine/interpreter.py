@@ -28,7 +28,7 @@ from jaxsparse.engine.rules import (
 from jaxsparse.engine.shards import map_shards
 from jaxsparse.engine.slotted import UnsupportedUseError, contract
 
-__all__ = ["evaluate", "followed", "register_rule", "scan_groups"]
+__all__ = ["evaluate", "followed", "passed_through", "register_rule", "scan_groups"]
 
 
 def followed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,8 +100,15 @@ def _closed_call(params: dict[str, Any], *values: Any) -> Sequence[Any]:
 
 @register_rule(primitives.remat_p)
 def _remat(params: dict[str, Any], *values: Any) -> Sequence[Any]:
-    function = partial(_evaluate_tree, as_closed(params["jaxpr"]))
-    return jax.checkpoint(function, prevent_cse=params["prevent_cse"], policy=params["policy"])(list(values))
+    closed = as_closed(params["jaxpr"])
+    sources = passed_through(closed.jaxpr)
+
+    def function(values: list[Any]) -> list[Any]:
+        outputs = evaluate(closed, values)
+        return [output if at is None else None for output, at in zip(outputs, sources, strict=True)]
+
+    outputs = jax.checkpoint(function, prevent_cse=params["prevent_cse"], policy=params["policy"])(list(values))
+    return [output if at is None else values[at] for output, at in zip(outputs, sources, strict=True)]
 
 
 def _evaluate_tree(closed: core.ClosedJaxpr, values: list[Any]) -> list[Any]:
@@ -112,15 +119,37 @@ def _evaluate_tree(closed: core.ClosedJaxpr, values: list[Any]) -> list[Any]:
 def _scan(params: dict[str, Any], *values: Any) -> Sequence[Any]:
     constants, carry, scanned = scan_groups(params, values)
     _no_carried_weight(carry, "the carry of lax.scan")
+    # Flax's nnx.scan returns the layers that it was given.
+    given = len(constants) + len(carry)
+    sources = [at if at is not None and at >= given else None for at in passed_through(params["jaxpr"].jaxpr)]
+    kept = {place: scanned[at - given] for place, at in enumerate(sources) if at is not None and place >= len(carry)}
 
     def body(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs = evaluate(params["jaxpr"], [*constants, *carry, *row])
+        outputs = [None if place in kept else output for place, output in enumerate(outputs)]
         _no_carried_weight(outputs, "a result of lax.scan's body")
         return outputs[: len(carry)], outputs[len(carry) :]
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, stacked = lax.scan(body, carry, scanned, **options)
-    return [*carry, *stacked]
+    return [kept.get(place, output) for place, output in enumerate([*carry, *stacked])]
+
+
+def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
+    """Returns for every result of a jaxpr which input it is, unchanged; None if it is none."""
+    place = {variable: at for at, variable in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        if equation.primitive in (primitives.jit_p, primitives.remat_p):
+            inner = passed_through(as_closed(equation.params["jaxpr"]).jaxpr)
+            sources = [None if at is None else equation.invars[at] for at in inner]
+            place |= {
+                v: at for v, s in zip(equation.outvars, sources, strict=True) if (at := _place(place, s)) is not None
+            }
+    return [_place(place, variable) for variable in jaxpr.outvars]
+
+
+def _place(place: dict[Any, int], variable: Any) -> int | None:
+    return None if variable is None or isinstance(variable, core.Literal) else place.get(variable)
 
 
 def scan_groups(params: dict[str, Any], operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:

@@ -202,7 +202,7 @@ def _linear_forward(
     weight = replace(about, base=base, slots=slots)
     keep = over_layers(weight, lambda slots, x: about.rule.keep(slots, x, side))
     kept = keep(slots, _values_matrix(weight, product, side, values))
-    shape = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    shape = jax.eval_shape(lambda values: values, values)  # with what it varies over inside shard_map
     return product.of(values, base), (kept, base, slots, _Shape(shape))
 
 

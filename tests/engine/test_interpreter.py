@@ -14,6 +14,7 @@ from jax.extend.core import primitives
 
 import jaxsparse as js
 from jaxsparse.engine.interpreter import followed, register_rule
+from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slotted import SlotRule, UnsupportedUseError, slotted
 from jaxsparse.subspaces.targets import resolve_targets
 
@@ -209,3 +210,24 @@ def test_a_user_can_register_a_rule(rng: np.random.Generator) -> None:
         return [dataclasses.replace(weight, base=-weight.base, slots=-weight.slots)]
 
     assert_dense(lambda p, x: jnp.sum(jnp.sin(x @ -p["w"])), {"w": normal(rng, 4, 2)}, "w", normal(rng, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda w: jax.jit(jnp.transpose)(w).T,
+        lambda w: jax.checkpoint(lambda w: w.T)(w).T,
+        lambda w: jax.lax.cond(True, lambda w: w, lambda w: w, w),
+        rounded,
+    ],
+)
+def test_uses_are_counted_behind_functions_that_return_the_weight(
+    same: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    params, x = {"w": normal(rng, 4, 4)}, normal(rng, 3, 4)
+    targets = resolve_targets(params, "w")
+    check_used_once(lambda p, x: jnp.sum(x @ same(p["w"])), params, x, targets)
+    with pytest.raises(UnsupportedUseError, match="several products with one matrix"):
+        check_used_once(lambda p, x: jnp.sum(x @ same(p["w"]) @ same(p["w"])), params, x, targets)
+    with pytest.raises(UnsupportedUseError, match="several products with one matrix"):
+        check_used_once(lambda p, x: jnp.sum(x @ (w := same(p["w"])) + jnp.sin(x) @ w), params, x, targets)
