@@ -13,7 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxsparse.subspaces.targets import MatrixView
 
-__all__ = ["INPUT", "OUTPUT", "Role", "SlotRule", "SlottedWeight", "UnsupportedUseError", "contract", "slotted"]
+__all__ = [
+    *("INPUT", "OUTPUT", "Role", "SlotRule", "SlottedWeight", "UnsupportedUseError"),
+    *("as_matrix", "cast_like", "contract", "over_layers", "slot_cotangents", "slotted"),
+]
 
 INPUT, OUTPUT = "input", "output"
 Role = tuple[str, int]
@@ -172,10 +175,10 @@ def contract(
 def _overlaid(weight: SlottedWeight, product: _Product, side: str, values: Array) -> Array:
     """The product with the weight as it stands, and what the slots add to it; JAX differentiates the latter."""
     plain = product.of(values, weight.base)
-    term = _over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
+    term = over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
     added = term(weight.slots, _values_matrix(weight, product, side, values))
     total = plain + _as_output(weight, added, plain, side).astype(plain.dtype)
-    factor = _over_layers(weight, lambda slots, _: weight.rule.factor(slots))(weight.slots, added)
+    factor = over_layers(weight, lambda slots, _: weight.rule.factor(slots))(weight.slots, added)
     if factor is None:
         return total
     if side == OUTPUT:
@@ -197,9 +200,9 @@ def _linear_forward(
     product: _Product, about: SlottedWeight, side: str, values: Array, base: Array, slots: Any
 ) -> tuple[Array, Any]:
     weight = replace(about, base=base, slots=slots)
-    keep = _over_layers(weight, lambda slots, x: about.rule.keep(slots, x, side))
+    keep = over_layers(weight, lambda slots, x: about.rule.keep(slots, x, side))
     kept = keep(slots, _values_matrix(weight, product, side, values))
-    shape = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    shape = jax.eval_shape(lambda values: values, values)  # with what it varies over inside shard_map
     return product.of(values, base), (kept, base, slots, _Shape(shape))
 
 
@@ -216,24 +219,36 @@ def _linear_backward(product: _Product, about: SlottedWeight, side: str, residua
     weight = replace(about, base=base, slots=slots)
     (values_cotangent,) = jax.linear_transpose(lambda values: product.of(values, base), shape.struct)(cotangent)
     other = _output_matrix(weight, product, side, shape.struct, cotangent)
-    other = _over_layers(weight, lambda slots, y: about.rule.keep(slots, y, OUTPUT if side == INPUT else INPUT))(
+    other = over_layers(weight, lambda slots, y: about.rule.keep(slots, y, OUTPUT if side == INPUT else INPUT))(
         slots, other
     )
     left, right = (kept, other) if side == INPUT else (other, kept)
-    found = _over_layers(weight, about.rule.gradients)(slots, left, right)
-    cast = jax.tree.map(lambda slot, g: None if g is None else g.astype(slot.dtype), slots, found, is_leaf=_is_none)
-    return values_cotangent, None, cast
+    return values_cotangent, None, slot_cotangents(weight, left, right)
 
 
-def _is_none(node: Any) -> bool:
-    return node is None
+def slot_cotangents(weight: SlottedWeight, left: Any, right: Any) -> Any:
+    """Returns the cotangents of a weight's slots.
+
+    Args:
+        weight: the weight.
+        left: (layers..., tokens, in), or what the rule's `keep` made of it.
+        right: (layers..., tokens, out), or what the rule's `keep` made of it.
+    """
+    return cast_like(weight.slots, over_layers(weight, weight.rule.gradients)(weight.slots, left, right))
+
+
+def cast_like(slots: Any, found: Any) -> Any:
+    """Returns cotangents in the dtypes of the slots; None stays None."""
+    return jax.tree.map(
+        lambda slot, g: None if g is None else g.astype(slot.dtype), slots, found, is_leaf=lambda node: node is None
+    )
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _over_layers(weight: SlottedWeight, function: Any) -> Any:
-    """The function of one matrix, mapped over the layers that run along in the product."""
+def over_layers(weight: SlottedWeight, function: Any) -> Any:
+    """Returns a function of one matrix, mapped over the layers of a weight."""
     for _ in range(weight.layers):
         function = jax.vmap(function)
     return function
@@ -244,14 +259,14 @@ def _values_matrix(weight: SlottedWeight, product: _Product, side: str, values: 
     partner = dict(zip(product.contracted[1], product.contracted[0], strict=True))
     features = [partner[axis] for axis in weight.axes(side)]
     batch = list(product.batched[0])
-    return _matrix(values, batch, [axis for axis in range(values.ndim) if axis not in {*batch, *features}], features)
+    return as_matrix(values, batch, [axis for axis in range(values.ndim) if axis not in {*batch, *features}], features)
 
 
 def _output_matrix(weight: SlottedWeight, product: _Product, side: str, values: Any, output: Array) -> Array:
     """An array like the product as (layers, tokens, features), features in the matrix's order."""
     layers, features = _output_axes(weight, side, output.ndim)
     tokens = [axis for axis in range(output.ndim) if axis >= layers and axis not in features]
-    return _matrix(output, list(range(layers)), tokens, features)
+    return as_matrix(output, list(range(layers)), tokens, features)
 
 
 def _output_axes(weight: SlottedWeight, side: str, ndim: int) -> tuple[int, list[int]]:
@@ -271,7 +286,7 @@ def _as_output(weight: SlottedWeight, matrix: Array, like: Array, side: str) -> 
     )
 
 
-def _matrix(array: Array, batch: list[int], tokens: list[int], features: list[int]) -> Array:
-    """Transposes and flattens to (*batch, tokens, features)."""
+def as_matrix(array: Array, batch: list[int], tokens: list[int], features: list[int]) -> Array:
+    """Returns an array transposed and flattened to (*batch, tokens, features), given its axes of each kind."""
     sizes = [math.prod(array.shape[axis] for axis in group) for group in (tokens, features)]
     return jnp.transpose(array, [*batch, *tokens, *features]).reshape(*(array.shape[axis] for axis in batch), *sizes)

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 
 import jaxsparse as js
 from jaxsparse.engine.interpreter import followed, register_rule
+from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slotted import SlotRule, UnsupportedUseError, slotted
 from jaxsparse.subspaces.targets import resolve_targets
 
@@ -106,63 +106,73 @@ def test_slots_have_the_dense_gradient_s_entries(loss: Callable[..., Any], rng: 
     assert_dense(loss, params, targets, normal(rng, 3, 4), atol=atol)
 
 
-class LinenBlock(linen.Module):
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = linen.Dense(8)(x)
-        x = x + linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(x)
-        x = linen.DenseGeneral((2, 4), axis=-1)(x)
-        x = linen.DenseGeneral(8, axis=(-2, -1))(x)
-        return linen.Einsum((8, 2, 3), "...i,ihd->...hd")(x)
+@jax.custom_vjp
+def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """A product whose backward pass is not that of its forward pass: the weight's gradient is three times too large."""
+    return scale * (x @ w)
 
 
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first = nnx.Linear(4, 8, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.general = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
-        self.einsum = nnx.Einsum("thd,hdo->to", (2, 4, 5), rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.first(x)
-        return self.einsum(self.general(x + self.attention(x)))
+def product_forward(x: jax.Array, w: jax.Array, scale: jax.Array) -> Any:
+    return product(x, w, scale), (x, w, scale)
 
 
-def test_unmodified_linen_models_are_followed(rng: np.random.Generator) -> None:
-    model, x = LinenBlock(), normal(rng, 2, 5, 4)
-    params = model.init(jax.random.key(0), x)
-    targets = [
-        js.Target(r".*Dense_0/kernel"),
-        js.Target(r".*/(query|key|value)/kernel", in_axes=(0,)),
-        js.Target(r".*/out/kernel", out_axes=(2,)),
-        js.Target(r".*DenseGeneral_0/kernel", in_axes=(0,)),
-        js.Target(r".*DenseGeneral_1/kernel", out_axes=(2,)),
-        js.Target(r".*Einsum_0/kernel", in_axes=(0,)),
-    ]
-    assert_dense(lambda p, x: jnp.sum(jnp.sin(model.apply(p, x)) ** 2), params, targets, x)
+def product_backward(residuals: Any, cotangent: jax.Array) -> Any:
+    x, w, scale = residuals
+    gradient = jnp.einsum("...i,...o->oi", x, scale * cotangent).T.astype(w.dtype)
+    return scale * (cotangent @ w.T), gradient * 3, jnp.zeros_like(scale)
 
 
-def test_unmodified_nnx_models_are_followed(rng: np.random.Generator) -> None:
-    graph, state = nnx.split(NnxBlock(nnx.Rngs(0)))
-    params = nnx.to_pure_dict(state)
-    targets = [
-        js.Target(r"first/kernel"),
-        js.Target(r"attention/(query|key|value)/kernel", in_axes=(0,)),
-        js.Target(r"attention/out/kernel", out_axes=(2,)),
-        js.Target(r"general/kernel", in_axes=(0,)),
-        js.Target(r"einsum/kernel", out_axes=(2,)),
-    ]
-
-    def loss(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(nnx.merge(graph, _state(state, params))(x)) ** 2)
-
-    assert_dense(loss, params, targets, normal(rng, 5, 4))
+product.defvjp(product_forward, product_backward)
 
 
-def _state(like: Any, params: Any) -> Any:
-    state = jax.tree.map(lambda leaf: leaf, like)
-    nnx.replace_by_pure_dict(state, params)
-    return state
+@jax.custom_jvp
+def biased(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w.T
+
+
+@biased.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (w, x), (w_tangent, x_tangent) = primals, tangents
+    return x @ w.T, 5 * (x_tangent @ w.T) - (x @ w_tangent.T) / 2
+
+
+@jax.custom_vjp
+def rounded(w: jax.Array) -> jax.Array:
+    return jnp.round(w * 4) / 4
+
+
+rounded.defvjp(lambda w: (rounded(w), None), lambda _, cotangent: (cotangent,))
+
+
+def through_custom_derivatives(params: Any, x: jax.Array) -> jax.Array:
+    stack, w = params["stack"], params["w"]
+    x, _ = jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w, jnp.array(2.0))), None)), x, stack)
+    x = jnp.tanh(biased(w, x)) + x @ rounded(w)
+    return jnp.sum(jnp.sin(jax.vmap(product, (0, 0, None))(jnp.stack([x, 2 * x]), stack, jnp.array(0.5))) ** 2)
+
+
+def test_custom_derivatives_are_honoured(rng: np.random.Generator) -> None:
+    params = {"stack": normal(rng, 2, 4, 4), "w": normal(rng, 4, 4)}
+    targets = [js.Target("stack", stack_axes=(0,)), js.Target("w")]
+    assert_dense(through_custom_derivatives, params, targets, normal(rng, 3, 4))
+
+
+def through_layouts(params: Any, x: jax.Array) -> jax.Array:
+    w = checkpoint_name(params["w"][None, :, :, None].reshape(1, 4, 4)[0], "w")
+    frozen = x @ jax.lax.stop_gradient(params["w"]) @ jax.lax.stop_gradient(w.T)
+    return jnp.sum(jnp.sin(frozen + x @ jnp.expand_dims(w, 2).squeeze(2)) ** 2)
+
+
+def test_gradients_stop_where_the_model_stops_them(rng: np.random.Generator) -> None:
+    assert_dense(through_layouts, {"w": normal(rng, 4, 4)}, "w", normal(rng, 3, 4))
+
+
+@jax.custom_vjp
+def summed(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(w) * x
+
+
+summed.defvjp(lambda w, x: (summed(w, x), (w, x)), lambda res, g: (jnp.vdot(res[1], g) * jnp.ones_like(res[0]), g))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,10 @@ def _state(like: Any, params: Any) -> Any:
         (lambda w, x: x @ (w + w.T), "primitive add"),
         (lambda w, x: w @ w, "another followed weight"),
         (lambda w, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * 2), (0, w))[1], "carry"),
+        (lambda w, x: x @ jnp.broadcast_to(w, (3, 4, 4)), "a broadcast"),
+        (lambda w, x: x[:, :2] @ w[jnp.array([0, 2])], "an embedding look-up with AllEntries"),
+        (lambda w, x: w[:, jnp.array([0, 2])], "a gather of anything but rows"),
+        (lambda w, x: summed(w, x), "custom_vjp_call of summed at .*, whose derivative"),
         (lambda w, x: x @ w.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4), "mixes its axes"),
     ],
 )
@@ -196,3 +210,24 @@ def test_a_user_can_register_a_rule(rng: np.random.Generator) -> None:
         return [dataclasses.replace(weight, base=-weight.base, slots=-weight.slots)]
 
     assert_dense(lambda p, x: jnp.sum(jnp.sin(x @ -p["w"])), {"w": normal(rng, 4, 2)}, "w", normal(rng, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda w: jax.jit(jnp.transpose)(w).T,
+        lambda w: jax.checkpoint(lambda w: w.T)(w).T,
+        lambda w: jax.lax.cond(True, lambda w: w, lambda w: w, w),
+        rounded,
+    ],
+)
+def test_uses_are_counted_behind_functions_that_return_the_weight(
+    same: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    params, x = {"w": normal(rng, 4, 4)}, normal(rng, 3, 4)
+    targets = resolve_targets(params, "w")
+    check_used_once(lambda p, x: jnp.sum(x @ same(p["w"])), params, x, targets)
+    with pytest.raises(UnsupportedUseError, match="several products with one matrix"):
+        check_used_once(lambda p, x: jnp.sum(x @ same(p["w"]) @ same(p["w"])), params, x, targets)
+    with pytest.raises(UnsupportedUseError, match="several products with one matrix"):
+        check_used_once(lambda p, x: jnp.sum(x @ (w := same(p["w"])) + jnp.sin(x) @ w), params, x, targets)
