@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxsparse.kernels import gather_matmul
 from jaxsparse.kernels.gather_matmul import reference
 
