@@ -73,8 +73,8 @@ def slot_gradients(
     supports: list[Array],
     due: Bool[Array, ""],
     batch: Any,
-    step: Int[Array, ""],
     micro_batches: int = 1,
+    step: Int[Array, ""] | int = 0,
 ) -> Backward:
     """Differentiates a loss with respect to slots.
 
@@ -86,8 +86,8 @@ def slot_gradients(
         supports: for every target the support as it stands.
         due: whether supports are to be picked by this gradient, if they are by any.
         batch: the batch; with micro-batches their number must divide the leading axis of its arrays.
-        step: number of the step, from which the randomness of estimates is drawn.
         micro_batches: how many; supports are picked on the first, gradients are means weighed by tokens.
+        step: number of the step, from which the randomness of estimates is drawn.
 
     Raises:
         UnsupportedUseError: the model uses a target in a way that cannot be followed.
@@ -169,7 +169,7 @@ def _wrap(
     probe: Any,
     support: Array,
     due: Array,
-    step: Array,
+    step: Array | int,
 ) -> Any:
     """A weight as the model is to see it."""
     units, view = target.subspace, target.view

@@ -122,15 +122,9 @@ class FusedTuner:
         due = description.schedule.due(method.progress)
         supports = leaves_of(targets, self._drawn(places, method, due))
         backward = slot_gradients(
-            self.loss_fn,
-            description,
-            targets,
-            state.params,
-            supports,
-            due,
-            batch,
-            method.progress.steps,
-            self.accumulate,
+            *(self.loss_fn, description, targets, state.params, supports, due, batch),
+            micro_batches=self.accumulate,
+            step=method.progress.steps,
         )
         support, gradients = places.spread(backward.supports), places.spread(backward.gradients)
         weights = places.spread(jax.lax.optimization_barrier(_read(targets, state.params, backward.supports)))
