@@ -1,6 +1,7 @@
 """One forward and backward pass that returns gradients of slots, and where picking is due the new supports."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.micro_batches import split_batch
+from jaxsparse.engine.reference import ratio
 from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
+from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices
 
-__all__ = ["Backward", "picks_in_backward", "slot_gradients"]
+__all__ = ["Backward", "mean_backward", "micro_batch_shapes", "picks_in_backward", "retained", "slot_gradients"]
 
 
 class Backward(NamedTuple):
@@ -80,35 +83,40 @@ def slot_gradients(
             wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, picks)
         return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
 
-    def one(supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array, list[Any]]:
+    def one(supports: list[Array], due: Array, batch: Any) -> Backward:
         probes = [
             _probe(target, leaves[target.position], s, picks) for target, s in zip(targets, supports, strict=True)
         ]
         (loss, tokens), found = jax.value_and_grad(loss_of, has_aux=True)(probes, supports, due, batch)
-        return loss, tokens, found
+        return _unpacked(targets, loss, tokens, found, supports, picks)
 
     if picks:
-        check_used_once(loss_fn, params, _micro_batch_shapes(batch, micro_batches), targets)
-    if micro_batches == 1:
-        loss, tokens, found = one(supports, due, batch)
-        return _unpacked(targets, loss, tokens, found, supports, picks)
-    return _accumulated(targets, one, supports, due, batch, micro_batches, picks)
+        check_used_once(loss_fn, params, micro_batch_shapes(batch, micro_batches), targets)
+    return mean_backward(one, supports, due, batch, micro_batches)
 
 
-def _accumulated(
-    targets: Sequence[ResolvedTarget],
-    one: Callable[..., tuple[Array, Array, list[Any]]],
+def mean_backward(
+    one: Callable[[list[Array], Bool[Array, ""], Any], Backward],
     supports: list[Array],
-    due: Array,
+    due: Bool[Array, ""],
     batch: Any,
     micro_batches: int,
-    picks: bool,
 ) -> Backward:
-    """The mean over micro-batches, each weighed by its tokens; supports are picked on the first."""
+    """Returns the mean over micro-batches, each weighed by its tokens; supports are picked on the first.
+
+    Args:
+        one: (supports, whether they are to be picked, micro-batch) -> what its backward pass finds.
+        supports: for every target the support as it stands.
+        due: whether supports are to be picked.
+        batch: the batch.
+        micro_batches: how many parts the leading axis of its arrays is split into.
+    """
+    if micro_batches == 1:
+        return one(supports, due, batch)
 
     def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
         supports, due, sums = carry
-        found = _unpacked(targets, *one(supports, due, micro_batch), supports, picks)
+        found = one(supports, due, micro_batch)
         loss, gradients, energies, tokens = sums
         loss, gradients = jax.tree.map(
             lambda total, leaf: total + leaf * found.tokens, (loss, gradients), (found.loss, found.gradients)
@@ -116,24 +124,35 @@ def _accumulated(
         energies = jax.tree.map(lambda old, new: jnp.where(due, new, old), energies, found.energies)
         return (found.supports, jnp.zeros_like(due), (loss, gradients, energies, tokens + found.tokens)), None
 
-    shapes = jax.eval_shape(
-        lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
-        _micro_batch_shapes(batch, micro_batches),
-    )
+    shapes = jax.eval_shape(partial(one, supports, due), micro_batch_shapes(batch, micro_batches))
     zeros = jax.tree.map(
-        lambda shape: jnp.zeros(shape.shape, shape.dtype),
+        lambda shape: jnp.zeros(shape.shape, score_dtype(shape.dtype)),
         (shapes.loss, shapes.gradients, shapes.energies, shapes.tokens),
     )
     (supports, _, (loss, gradients, energies, tokens)), _ = jax.lax.scan(
         add, (supports, due, zeros), split_batch(batch, micro_batches)
     )
     count = jnp.maximum(tokens, 1)
-    means = [gradient / count for gradient in gradients]
+    means = jax.tree.map(lambda gradient: gradient / count, gradients)
     return Backward(loss / count, tokens, supports, means, energies)
 
 
-def _micro_batch_shapes(batch: Any, micro_batches: int) -> Any:
-    """The shapes of one micro-batch."""
+def retained(progress: Progress, backward: Backward, due: Array) -> tuple[Array, Array]:
+    """Returns retention and its mean over matrices, measured on steps that stream over the gradient.
+
+    Between them the last measurement stands.
+    """
+    if backward.energies is None:
+        return progress.retention, progress.retention_mean
+    kept = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), axis=1) for g in backward.gradients]
+    parts, whole = jnp.concatenate(kept), jnp.concatenate(backward.energies)
+    overall = ratio(jnp.sum(parts), jnp.sum(whole)).astype(jnp.float32)
+    mean = jnp.mean(ratio(parts, whole).astype(jnp.float32))
+    return jnp.where(due, overall, progress.retention), jnp.where(due, mean, progress.retention_mean)
+
+
+def micro_batch_shapes(batch: Any, micro_batches: int) -> Any:
+    """Returns the shapes of one micro-batch."""
     if micro_batches == 1:
         return jax.eval_shape(lambda batch: batch, batch)
     split = jax.eval_shape(lambda batch: split_batch(batch, micro_batches), batch)

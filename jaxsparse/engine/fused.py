@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxsparse.engine.backward import Backward, slot_gradients
+from jaxsparse.engine.backward import retained, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
+from jaxsparse.engine.fused_spiel import FusedSpielTuner
 from jaxsparse.engine.fusible import check_fusible, first_support
 from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
-from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots, ratio
+from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
 from jaxsparse.engine.selection import select
+from jaxsparse.engine.spiel_description import Spiel
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
 from jaxsparse.engine.updates import all_finite
-from jaxsparse.select.schedules import Progress
 from jaxsparse.subspaces.targets import is_masked
 
 __all__ = ["FusedTuner", "fuse"]
@@ -34,7 +35,7 @@ LossFn = Callable[[Any, Any], Any]
 
 def fuse(
     loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
-) -> "FusedTuner | FusedLowRankTuner":
+) -> "FusedTuner | FusedLowRankTuner | FusedSpielTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
     Args:
@@ -68,6 +69,8 @@ def fuse(
     description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
     if isinstance(description, LowRank):
         return FusedLowRankTuner(with_tokens, description, accumulate)
+    if isinstance(description, Spiel):
+        return FusedSpielTuner(with_tokens, description, accumulate)
     return FusedTuner(with_tokens, check_fusible(description), accumulate)
 
 
@@ -123,7 +126,7 @@ class FusedTuner:
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 
         finite = all_finite((gradients, moves))
-        progress = advance(method.progress, due, *_retention(method.progress, backward, due))
+        progress = advance(method.progress, due, *retained(method.progress, backward, due))
         taken = method._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
         skipped = method.progress._replace(skipped=method.progress.skipped + 1)
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
@@ -175,14 +178,3 @@ def _read(targets: Any, params: Any, supports: Any) -> list[Array]:
         read_slots(target.subspace, target.view, leaves[target.position], support)
         for target, support in zip(targets, supports, strict=True)
     ]
-
-
-def _retention(progress: Progress, backward: Backward, due: Array) -> tuple[Array, Array]:
-    """Measured on steps that stream over the gradient; between them the last measurement stands."""
-    if backward.energies is None:
-        return progress.retention, progress.retention_mean
-    kept = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), axis=1) for g in backward.gradients]
-    parts, whole = jnp.concatenate(kept), jnp.concatenate(backward.energies)
-    overall = ratio(jnp.sum(parts), jnp.sum(whole)).astype(jnp.float32)
-    mean = jnp.mean(ratio(parts, whole).astype(jnp.float32))
-    return jnp.where(due, overall, progress.retention), jnp.where(due, mean, progress.retention_mean)
