@@ -16,13 +16,14 @@ from jaxtyping import Array
 from jaxsparse.engine.backward import retained, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
 from jaxsparse.engine.description import Description
+from jaxsparse.engine.fused_layers import FusedLayersTuner
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
 from jaxsparse.engine.fused_spiel import FusedSpielTuner
-from jaxsparse.engine.fusible import check_fusible, first_support
+from jaxsparse.engine.fusible import check_fusible, drawn_support, first_support
+from jaxsparse.engine.layers import Layers
 from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
-from jaxsparse.engine.selection import select
 from jaxsparse.engine.spiel_description import Spiel
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
 from jaxsparse.engine.updates import all_finite
@@ -35,7 +36,7 @@ LossFn = Callable[[Any, Any], Any]
 
 def fuse(
     loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
-) -> "FusedTuner | FusedLowRankTuner | FusedSpielTuner":
+) -> "FusedTuner | FusedLowRankTuner | FusedSpielTuner | FusedLayersTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
     Args:
@@ -71,6 +72,8 @@ def fuse(
         return FusedLowRankTuner(with_tokens, description, accumulate)
     if isinstance(description, Spiel):
         return FusedSpielTuner(with_tokens, description, accumulate)
+    if isinstance(description, Layers):
+        return FusedLayersTuner(with_tokens, description, accumulate)
     return FusedTuner(with_tokens, check_fusible(description), accumulate)
 
 
@@ -116,7 +119,7 @@ class FusedTuner:
         targets = description.resolve(state.params)
         places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
         due = description.schedule.due(method.progress)
-        supports = leaves_of(targets, self._drawn(places, method, due))
+        supports = leaves_of(targets, drawn_support(description, places, method, due))
         backward = slot_gradients(
             self.loss_fn, description, targets, state.params, supports, due, batch, self.accumulate
         )
@@ -147,18 +150,6 @@ class FusedTuner:
             skipped=after.progress.skipped,
         )
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
-
-    def _drawn(self, places: MatrixPlaces, method: Any, due: Array) -> Any:
-        """The support of this step, drawn afresh if that is due and the score is of unit numbers alone."""
-        description = self.description
-        if description.score.draw is None or description.given.get("support") is not None:
-            return method.support
-        views = [target.view for target in places.targets]
-        shapes: Any = [jax.ShapeDtypeStruct((v.stack, v.in_size, v.out_size), jnp.float32) for v in views]
-        turn = method.progress.refreshes
-        return jax.lax.cond(
-            due, lambda old: select(description, places, old, shapes, [], turn), lambda old: old, method.support
-        )
 
 
 def _with_tokens(loss_fn: LossFn, has_aux: bool) -> LossFn:

@@ -87,9 +87,7 @@ class FusedSpielTuner:
         accumulate: micro-batches per optimizer step.
     """
 
-    def __init__(
-        self, loss_fn: Callable[[Any, Any], tuple[Array, Array]], description: Spiel, accumulate: int
-    ) -> None:
+    def __init__(self, loss_fn: Callable[[Any, Any], tuple[Array, Array]], description: Spiel, accumulate: int) -> None:
         self.loss_fn, self.description, self.accumulate = loss_fn, description, accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
 
