@@ -117,7 +117,8 @@ class FusedSpielTuner:
         leaves, structure = jax.tree.flatten(state.params)
         new, moves = [], []
         for target, *one in zip(targets, old, clipped(description, slopes), seen, strict=True):
-            matrix, moved = _stepped(description, now, target, leaves[target.position], *one)
+            known: list[Any] = one
+            matrix, moved = _stepped(description, now, target, leaves[target.position], *known)
             new.append(matrix)
             moves.append(moved)
         learnt = [(matrix.delta, matrix.optimizer, matrix.candidates) for matrix in new]
@@ -178,7 +179,7 @@ class FusedSpielTuner:
         if not watches:
             return backward, [None] * len(targets)
         slots, values = zip(*backward.gradients, strict=True)
-        seen = [
+        seen: list[Seen | None] = [
             Seen(index, value.astype(matrix.delta.dtype))
             for index, value, matrix in zip(backward.supports, values, old, strict=True)
         ]

@@ -167,7 +167,7 @@ def _dense_step(
     def read(index: Array) -> Array:
         return flat.at[index].get(mode="fill", fill_value=0)
 
-    new, moved = step(method, now, weight.shape, read, old, slot_gradient, seen)
+    new, moved = step(method, now, (weight.shape[0], weight.shape[1]), read, old, slot_gradient, seen)
     move = jnp.full(flat.shape, NOTHING, moved.change.dtype).at[moved.index].set(moved.change, mode="drop")
     return new, move.reshape(weight.shape)
 

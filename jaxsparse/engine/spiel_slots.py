@@ -20,27 +20,27 @@ class Seen(NamedTuple):
 
     Attributes:
         index: int32 flat indices, (k,); new ones where candidates are chosen.
-        gradient: (k,).
+        gradient: at least float32, (k,).
     """
 
-    index: Int[Array, " k"]
-    gradient: Float[Array, " k"]
+    index: Any
+    gradient: Any
 
 
 class Moved(NamedTuple):
     """What a step does to a matrix.
 
     Attributes:
-        index: int32 flat indices, distinct where they lie in the matrix; its size where there is nothing to move.
+        index: int32 flat indices, (2 k,), distinct where they lie in the matrix; its size where there is nothing to move.
         before: the weights as they were.
         after: as they are to be.
         change: after - before in the deltas' dtype, -0.0 where nothing changes.
     """
 
-    index: Int[Array, " entries"]
-    before: Num[Array, " entries"]
-    after: Num[Array, " entries"]
-    change: Float[Array, " entries"]
+    index: Any
+    before: Any
+    after: Any
+    change: Any
 
 
 Read = Callable[[Int[Array, "..."]], Num[Array, "..."]]
