@@ -31,7 +31,7 @@ class Moved(NamedTuple):
     """What a step does to a matrix.
 
     Attributes:
-        index: int32 flat indices, (2 k,), distinct where they lie in the matrix; its size where there is nothing to move.
+        index: int32 flat indices, (2 k,), distinct within the matrix; its size where there is nothing to move.
         before: the weights as they were.
         after: as they are to be.
         change: after - before in the deltas' dtype, -0.0 where nothing changes.
