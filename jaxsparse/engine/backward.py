@@ -1,6 +1,7 @@
 """One forward and backward pass that returns gradients of slots, and where picking is due the new supports."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +11,26 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.micro_batches import split_batch
+from jaxsparse.engine.reference import ratio
 from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
-from jaxsparse.select.schedules import Adaptive
+from jaxsparse.select.schedules import Adaptive, Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices
 
-__all__ = ["Backward", "Energies", "picks_in_backward", "sketches", "slot_gradients"]
+__all__ = [
+    "Backward",
+    "Energies",
+    "mean_backward",
+    "micro_batch_shapes",
+    "picks_in_backward",
+    "retained",
+    "sketches",
+    "slot_gradients",
+]
 
 
 class Backward(NamedTuple):
@@ -101,35 +112,40 @@ def slot_gradients(
             wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, step)
         return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
 
-    def one(supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array, list[Any]]:
+    def one(supports: list[Array], due: Array, batch: Any) -> Backward:
         probes = [
             _probe(target, leaves[target.position], s, picks) for target, s in zip(targets, supports, strict=True)
         ]
         (loss, tokens), found = jax.value_and_grad(loss_of, has_aux=True)(probes, supports, due, batch)
-        return loss, tokens, found
+        return _unpacked(targets, loss, tokens, found, supports, picks)
 
     if picks:
-        check_used_once(loss_fn, params, _micro_batch_shapes(batch, micro_batches), targets)
-    if micro_batches == 1:
-        loss, tokens, found = one(supports, due, batch)
-        return _unpacked(targets, loss, tokens, found, supports, picks)
-    return _accumulated(targets, one, supports, due, batch, micro_batches, picks)
+        check_used_once(loss_fn, params, micro_batch_shapes(batch, micro_batches), targets)
+    return mean_backward(one, supports, due, batch, micro_batches)
 
 
-def _accumulated(
-    targets: Sequence[ResolvedTarget],
-    one: Callable[..., tuple[Array, Array, list[Any]]],
+def mean_backward(
+    one: Callable[[list[Array], Bool[Array, ""], Any], Backward],
     supports: list[Array],
-    due: Array,
+    due: Bool[Array, ""],
     batch: Any,
     micro_batches: int,
-    picks: bool,
 ) -> Backward:
-    """The mean over micro-batches, each weighed by its tokens; supports are picked on the first."""
+    """Returns the mean over micro-batches, each weighed by its tokens; supports are picked on the first.
+
+    Args:
+        one: (supports, whether they are to be picked, micro-batch) -> what its backward pass finds.
+        supports: for every target the support as it stands.
+        due: whether supports are to be picked.
+        batch: the batch.
+        micro_batches: how many parts the leading axis of its arrays is split into.
+    """
+    if micro_batches == 1:
+        return one(supports, due, batch)
 
     def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
         supports, due, sums = carry
-        found = _unpacked(targets, *one(supports, due, micro_batch), supports, picks)
+        found = one(supports, due, micro_batch)
         loss, gradients, energies, tokens, is_first = sums
         loss, gradients = jax.tree.map(
             lambda total, leaf: total + leaf * found.tokens, (loss, gradients), (found.loss, found.gradients)
@@ -138,24 +154,34 @@ def _accumulated(
         sums = loss, gradients, energies, tokens + found.tokens, jnp.zeros_like(is_first)
         return (found.supports, jnp.zeros_like(due), sums), None
 
-    shapes = jax.eval_shape(
-        lambda batch: _unpacked(targets, *one(supports, due, batch), supports, picks),
-        _micro_batch_shapes(batch, micro_batches),
-    )
+    shapes = jax.eval_shape(partial(one, supports, due), micro_batch_shapes(batch, micro_batches))
     zeros = jax.tree.map(
-        lambda shape: jnp.zeros(shape.shape, shape.dtype),
+        lambda shape: jnp.zeros(shape.shape, score_dtype(shape.dtype)),
         (shapes.loss, shapes.gradients, shapes.energies, shapes.tokens),
     )
     (supports, _, (loss, gradients, energies, tokens, _)), _ = jax.lax.scan(
         add, (supports, due, (*zeros, jnp.array(True))), split_batch(batch, micro_batches)
     )
     count = jnp.maximum(tokens, 1)
-    means = [gradient / count for gradient in gradients]
+    means = jax.tree.map(lambda gradient: gradient / count, gradients)
     return Backward(loss / count, tokens, supports, means, energies)
 
 
-def _micro_batch_shapes(batch: Any, micro_batches: int) -> Any:
-    """The shapes of one micro-batch."""
+def retained(progress: Progress, backward: Backward, measured: Array) -> tuple[Array, Array]:
+    """Returns retention and its mean over matrices; where nothing is measured, the last measurement stands.
+
+    An estimate may come out above 1, and does not leave here so.
+    """
+    if backward.energies is None:
+        return progress.retention, progress.retention_mean
+    parts, whole = (jnp.concatenate(energies) for energies in backward.energies)
+    overall = jnp.minimum(ratio(jnp.sum(parts), jnp.sum(whole)), 1).astype(jnp.float32)
+    mean = jnp.mean(jnp.minimum(ratio(parts, whole), 1).astype(jnp.float32))
+    return jnp.where(measured, overall, progress.retention), jnp.where(measured, mean, progress.retention_mean)
+
+
+def micro_batch_shapes(batch: Any, micro_batches: int) -> Any:
+    """Returns the shapes of one micro-batch."""
     if micro_batches == 1:
         return jax.eval_shape(lambda batch: batch, batch)
     split = jax.eval_shape(lambda batch: split_batch(batch, micro_batches), batch)

@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxsparse.engine.backward import Backward, sketches, slot_gradients
+from jaxsparse.engine.backward import retained, sketches, slot_gradients
 from jaxsparse.engine.commit import commit_slots, read_slots
 from jaxsparse.engine.description import Description
+from jaxsparse.engine.fused_layers import FusedLayersTuner
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
+from jaxsparse.engine.fused_spiel import FusedSpielTuner
 from jaxsparse.engine.fused_unmerged import FusedUnmergedTuner
-from jaxsparse.engine.fusible import check_fusible, first_support
+from jaxsparse.engine.fusible import check_fusible, drawn_support, first_support
+from jaxsparse.engine.layers import Layers
 from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
-from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots, ratio
-from jaxsparse.engine.selection import select
+from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
+from jaxsparse.engine.spiel_description import Spiel
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
 from jaxsparse.engine.updates import all_finite
-from jaxsparse.select.schedules import Progress
 from jaxsparse.subspaces.targets import is_masked
 
 __all__ = ["FusedTuner", "fuse"]
@@ -35,7 +37,7 @@ LossFn = Callable[[Any, Any], Any]
 
 def fuse(
     loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
-) -> "FusedTuner | FusedLowRankTuner | FusedUnmergedTuner":
+) -> "FusedTuner | FusedLowRankTuner | FusedUnmergedTuner | FusedSpielTuner | FusedLayersTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
     Args:
@@ -69,6 +71,10 @@ def fuse(
     description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
     if isinstance(description, LowRank):
         return FusedLowRankTuner(with_tokens, description, accumulate)
+    if isinstance(description, Spiel):
+        return FusedSpielTuner(with_tokens, description, accumulate)
+    if isinstance(description, Layers):
+        return FusedLayersTuner(with_tokens, description, accumulate)
     tuner = FusedUnmergedTuner if description.unmerged else FusedTuner
     return tuner(with_tokens, check_fusible(description), accumulate)
 
@@ -120,7 +126,7 @@ class FusedTuner:
         targets = description.resolve(state.params)
         places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
         due = description.schedule.due(method.progress)
-        supports = leaves_of(targets, self._drawn(places, method, due))
+        supports = leaves_of(targets, drawn_support(description, places, method, due))
         backward = slot_gradients(
             *(self.loss_fn, description, targets, state.params, supports, due, batch),
             micro_batches=self.accumulate,
@@ -132,7 +138,7 @@ class FusedTuner:
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 
         finite = all_finite((gradients, moves))
-        progress = advance(method.progress, due, *_retention(method.progress, backward, due | sketches(description)))
+        progress = advance(method.progress, due, *retained(method.progress, backward, due | sketches(description)))
         taken = method._replace(progress=progress, support=support, slots=slots, master=master, inner=inner)
         skipped = method.progress._replace(skipped=method.progress.skipped + 1)
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
@@ -154,18 +160,6 @@ class FusedTuner:
         )
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
 
-    def _drawn(self, places: MatrixPlaces, method: Any, due: Array) -> Any:
-        """The support of this step, drawn afresh if that is due and the score is of unit numbers alone."""
-        description = self.description
-        if description.score.draw is None or description.given.get("support") is not None:
-            return method.support
-        views = [target.view for target in places.targets]
-        shapes: Any = [jax.ShapeDtypeStruct((v.stack, v.in_size, v.out_size), jnp.float32) for v in views]
-        turn = method.progress.refreshes
-        return jax.lax.cond(
-            due, lambda old: select(description, places, old, shapes, [], turn), lambda old: old, method.support
-        )
-
 
 def _with_tokens(loss_fn: LossFn, has_aux: bool) -> LossFn:
     """The loss as (loss, number of target tokens); 1 where nobody says how many."""
@@ -184,13 +178,3 @@ def _read(targets: Any, params: Any, supports: Any) -> list[Array]:
         read_slots(target.subspace, target.view, leaves[target.position], support)
         for target, support in zip(targets, supports, strict=True)
     ]
-
-
-def _retention(progress: Progress, backward: Backward, measured: Array) -> tuple[Array, Array]:
-    """Where nothing is measured, the last measurement stands; an estimate may say more than 1 and does not."""
-    if backward.energies is None:
-        return progress.retention, progress.retention_mean
-    parts, whole = (jnp.concatenate(energies) for energies in backward.energies)
-    overall = jnp.minimum(ratio(jnp.sum(parts), jnp.sum(whole)), 1).astype(jnp.float32)
-    mean = jnp.mean(jnp.minimum(ratio(parts, whole), 1).astype(jnp.float32))
-    return jnp.where(measured, overall, progress.retention), jnp.where(measured, mean, progress.retention_mean)

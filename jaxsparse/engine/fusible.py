@@ -5,17 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.backward import picks_in_backward
 from jaxsparse.engine.description import Description
-from jaxsparse.engine.places import GlobalPlaces, GlobalSupport, leaves_of
+from jaxsparse.engine.places import GlobalPlaces, GlobalSupport, MatrixPlaces, leaves_of
+from jaxsparse.engine.reference import SubspaceState
 from jaxsparse.engine.selection import select
 from jaxsparse.select.schedules import Once
 from jaxsparse.subspaces.units import Coordinates, Slices
 
-__all__ = ["check_fusible", "first_support"]
+__all__ = ["check_fusible", "drawn_support", "first_support"]
 
 
 def check_fusible(description: Any) -> Description:
@@ -62,6 +63,18 @@ def first_support(description: Description, params: Any) -> list[Array]:
     if isinstance(places, GlobalPlaces):
         return _by_target(places, support)
     return leaves_of(places.targets, support)
+
+
+def drawn_support(description: Description, places: MatrixPlaces, state: SubspaceState, due: Bool[Array, ""]) -> Any:
+    """Returns the support of a step, drawn afresh if that is due and the score is of unit numbers alone."""
+    if description.score.draw is None or description.given.get("support") is not None:
+        return state.support
+    views = [target.view for target in places.targets]
+    shapes: Any = [jax.ShapeDtypeStruct((v.stack, v.in_size, v.out_size), jnp.float32) for v in views]
+    turn = state.progress.refreshes
+    return jax.lax.cond(
+        due, lambda old: select(description, places, old, shapes, [], turn), lambda old: old, state.support
+    )
 
 
 def _by_target(places: GlobalPlaces, support: GlobalSupport) -> list[Array]:

@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.engine.places import NOTHING, MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, retention
-from jaxsparse.engine.spiel_description import SM3, Adam, Candidates, Left, Matrix, Spiel
-from jaxsparse.engine.spiel_slots import step
+from jaxsparse.engine.spiel_description import SM3, Adam, Candidates, Left, Matrix, Now, Spiel
+from jaxsparse.engine.spiel_slots import Seen, step
 from jaxsparse.engine.updates import all_finite, nothing_but
 from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 
-__all__ = ["SpielState", "spiel_engine"]
+__all__ = ["SpielState", "clipped", "of_matrices", "spiel_engine", "state_of"]
 
 
 class SpielState(NamedTuple):
@@ -69,7 +69,7 @@ def _init(method: Spiel, params: Any) -> SpielState:
         _start(method, jax.random.fold_in(key, number), weight, count)
         for number, (weight, count) in enumerate(zip(weights, method.counts(params), strict=True))
     ]
-    return _state(method, places, Progress.start(), matrices)
+    return state_of(method, places, Progress.start(), matrices)
 
 
 def _matrices(targets: Sequence[ResolvedTarget], tree: Any) -> list[Array]:
@@ -94,15 +94,15 @@ def _start(method: Spiel, key: PRNGKeyArray, weight: Float[Array, "stack in out"
     return Matrix(support, zeros(), base, adam, candidates, left)
 
 
-def _state(method: Spiel, places: MatrixPlaces, progress: Progress, matrices: Sequence[Matrix]) -> SpielState:
-    """The state with one tree for each part of the targets' states."""
+def state_of(method: Spiel, places: MatrixPlaces, progress: Progress, matrices: Sequence[Matrix]) -> SpielState:
+    """Returns the state with one tree for each part of the targets' states."""
     parts = [jax.tree.leaves(matrix) for matrix in matrices]
     trees = [places.spread([part[number] for part in parts]) for number in range(method.parts.num_leaves)]
     return SpielState(progress, *jax.tree.unflatten(method.parts, trees))
 
 
-def _by_target(method: Spiel, targets: Sequence[ResolvedTarget], state: SpielState) -> list[Matrix]:
-    """The state of every target; the inverse of `_state`."""
+def of_matrices(method: Spiel, targets: Sequence[ResolvedTarget], state: SpielState) -> list[Matrix]:
+    """Returns the state of every target; the inverse of `state_of`."""
     trees = method.parts.flatten_up_to(Matrix(*state[1:]))
     parts = zip(*(leaves_of(targets, tree) for tree in trees), strict=True)
     return [jax.tree.unflatten(method.parts, part) for part in parts]
@@ -115,16 +115,14 @@ def _update(
         raise ValueError(f"{method.name} needs params: call update(gradients, state, params)")
     targets = method.resolve(updates)
     places = MatrixPlaces(targets, jax.tree.structure(state.support, is_leaf=is_masked))
-    old = _by_target(method, targets, state)
+    old = of_matrices(method, targets, state)
     dense = zip(_matrices(targets, updates), old, strict=True)
     gradients = [gradient.astype(matrix.delta.dtype) for gradient, matrix in dense]
-    slot_gradients = clipped = _gather(gradients, old)
-    if method.clip is not None:
-        clipped, _ = optax.clip_by_global_norm(method.clip).update(slot_gradients, optax.EmptyState())
-
+    slot_gradients = _gather(gradients, old)
     now = method.now(state.progress.steps)
-    each = zip(old, _matrices(targets, params), gradients, clipped, strict=True)
-    stepped = [jax.vmap(partial(step, method, now))(*one) for one in each]
+    slopes = clipped(method, slot_gradients)
+    each = zip(old, _matrices(targets, params), gradients, slopes, strict=True)
+    stepped = [jax.vmap(partial(_dense_step, method, now))(*one) for one in each]
     new, moves = [matrix for matrix, _ in stepped], [move for _, move in stepped]
     learnt = [(matrix.delta, matrix.optimizer, matrix.candidates) for matrix in new]
     finite = all_finite((slot_gradients, moves, learnt))
@@ -133,13 +131,45 @@ def _update(
     progress = advance(state.progress, picked, *retention(gradients, _gather(gradients, new)))
     skipped = state.progress._replace(skipped=state.progress.skipped + 1)
     new_state = jax.tree.map(
-        partial(jnp.where, finite), _state(method, places, progress, new), state._replace(progress=skipped)
+        partial(jnp.where, finite), state_of(method, places, progress, new), state._replace(progress=skipped)
     )
     changed = {
         target.position: target.view.weight(jnp.where(finite, move, NOTHING))
         for target, move in zip(targets, moves, strict=True)
     }
     return nothing_but(updates, changed), new_state
+
+
+def clipped(method: Spiel, slot_gradients: list[Array]) -> list[Array]:
+    """Returns what the deltas train on: the slots' gradients, clipped by their global norm if they are to be."""
+    if method.clip is None:
+        return slot_gradients
+    return optax.clip_by_global_norm(method.clip).update(slot_gradients, optax.EmptyState())[0]
+
+
+def _dense_step(
+    method: Spiel,
+    now: Now,
+    old: Matrix,
+    weight: Float[Array, "in out"],
+    gradient: Float[Array, "in out"],
+    slot_gradient: Float[Array, " k"],
+) -> tuple[Matrix, Float[Array, "in out"]]:
+    """One matrix's new state, and what to add to the matrix."""
+    flat, slopes, seen = weight.reshape(-1), gradient.reshape(-1), None
+    if method.grow == "AG":
+        count = old.candidates.index.size
+        index = jax.lax.cond(
+            now.begins, lambda _: jax.lax.top_k(jnp.abs(slopes), count)[1], lambda index: index, old.candidates.index
+        )
+        seen = Seen(index, slopes[index])
+
+    def read(index: Array) -> Array:
+        return flat.at[index].get(mode="fill", fill_value=0)
+
+    new, moved = step(method, now, (weight.shape[0], weight.shape[1]), read, old, slot_gradient, seen)
+    move = jnp.full(flat.shape, NOTHING, moved.change.dtype).at[moved.index].set(moved.change, mode="drop")
+    return new, move.reshape(weight.shape)
 
 
 def _gather(gradients: Sequence[Array], matrices: Sequence[Matrix]) -> list[Array]:

@@ -1,60 +1,94 @@
 """One matrix under SpIEL: its deltas take a step, and some of them are exchanged for other coordinates."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsparse.engine.places import NOTHING
 from jaxsparse.engine.spiel_description import SM3, Adam, Candidates, Left, Matrix, Now, Spiel
+from jaxsparse.kernels import gradient_topk
 
-__all__ = ["step"]
+__all__ = ["Moved", "Seen", "step"]
+
+
+class Seen(NamedTuple):
+    """The candidates and their gradients at a step that watches them; at other steps the gradients are not read.
+
+    Attributes:
+        index: int32 flat indices, (k,); new ones where candidates are chosen.
+        gradient: at least float32, (k,).
+    """
+
+    index: Any
+    gradient: Any
+
+
+class Moved(NamedTuple):
+    """What a step does to a matrix.
+
+    Attributes:
+        index: int32 flat indices, (2 k,), distinct within the matrix; its size where there is nothing to move.
+        before: the weights as they were.
+        after: as they are to be.
+        change: after - before in the deltas' dtype, -0.0 where nothing changes.
+    """
+
+    index: Any
+    before: Any
+    after: Any
+    change: Any
+
+
+Read = Callable[[Int[Array, "..."]], Num[Array, "..."]]
 
 
 def step(
     method: Spiel,
     now: Now,
+    shape: tuple[int, int],
+    read: Read,
     old: Matrix,
-    weight: Float[Array, "in out"],
-    gradient: Float[Array, "in out"],
     slot_gradient: Float[Array, " k"],
-) -> tuple[Matrix, Float[Array, "in out"]]:
-    """Takes one step.
+    seen: Seen | None,
+) -> tuple[Matrix, Moved]:
+    """Takes one step; what it makes is of the support's size, whatever the matrix's.
 
     Args:
         method: SpIEL, written down.
         now: what is due.
+        shape: inputs and outputs of the matrix.
+        read: from flat indices to the matrix's entries there, 0 for indices beyond it.
         old: the state of one matrix.
-        weight: the matrix.
-        gradient: its dense gradient, which candidates are chosen by.
         slot_gradient: what the deltas train on: the support's gradient, clipped if it is to be.
+        seen: of candidates that are watched; None where SM3's accumulators say what grows.
 
     Returns:
-        The new state, and what to add to the matrix.
+        The new state, and what becomes of the matrix.
     """
-    flat = weight.reshape(-1)
+    size = shape[0] * shape[1]
     index = jnp.concatenate([old.support, old.left.index])
-    before = flat.at[index].get(mode="fill", fill_value=0)
+    before = read(index)
     weights = before[: old.support.size]
     # Where a weight is not what its delta says, somebody else has moved it: the delta adopts the weight.
     as_said = _tuned(old) == weights
     delta = jnp.where(as_said, old.delta, weights.astype(old.delta.dtype) - old.base.astype(old.delta.dtype))
-    trained = _trained(method, now, old._replace(delta=delta), gradient.shape[1], slot_gradient)
-    if method.grow == "AG":
-        trained = trained._replace(candidates=_watched(now, old.candidates, gradient.reshape(-1)))
-    nothing_left = jnp.full_like(old.left.index, flat.size)
+    trained = _trained(method, now, old._replace(delta=delta), shape[1], slot_gradient)
+    if seen is not None:
+        trained = trained._replace(candidates=_watched(now, old.candidates, seen))
+    nothing_left = jnp.full_like(old.left.index, size)
     settled = trained._replace(left=old.left._replace(index=nothing_left))
-    new = jax.lax.cond(now.reselects, partial(_reselect, method, now), lambda matrix, _: matrix, settled, flat)
+    new = jax.lax.cond(now.reselects, partial(_reselect, method, now, shape, read), lambda matrix: matrix, settled)
 
     # What is left goes back to its base, now and, where that missed it, once more at the next step.
     landed = jnp.where(new.left.index == old.support, old.base, _tuned(trained))
     after = jnp.concatenate([landed, old.left.base])
     wide = delta.dtype
-    changes = jnp.where(after == before, NOTHING, after.astype(wide) - before.astype(wide))
-    move = jnp.full(flat.shape, NOTHING, wide).at[index].set(changes, mode="drop")
-    return new, move.reshape(weight.shape)
+    change = jnp.where(after == before, NOTHING, after.astype(wide) - before.astype(wide))
+    return new, Moved(index, before, after, change)
 
 
 def _tuned(matrix: Matrix) -> Array:
@@ -91,16 +125,11 @@ def _decays(method: Spiel, dtype: Any) -> tuple[Array, Array]:
     return jnp.asarray(method.b1, dtype), jnp.asarray(method.b2, dtype)
 
 
-def _watched(now: Now, old: Candidates, gradient: Float[Array, " size"]) -> Candidates:
-    """The candidates with this step's gradient, if it is watched; the first accumulation step chooses them."""
-
-    def choose(old: Candidates) -> Candidates:
-        largest = jax.lax.top_k(jnp.abs(gradient), old.index.size)[1]
-        return Candidates(largest, jnp.zeros_like(old.gradient), jnp.zeros_like(old.square))
-
-    chosen = jax.lax.cond(now.begins, choose, lambda old: old, old)
-    seen = jnp.where(now.watches, gradient[chosen.index], 0)
-    return chosen._replace(gradient=chosen.gradient + seen, square=chosen.square + jnp.square(seen))
+def _watched(now: Now, old: Candidates, seen: Seen) -> Candidates:
+    """The candidates with this step's gradient, if it is watched; the first accumulation step has chosen them."""
+    gradient = jnp.where(now.watches, seen.gradient, 0)
+    sums = [jnp.where(now.begins, 0, total) for total in (old.gradient, old.square)]
+    return Candidates(seen.index, sums[0] + gradient, sums[1] + jnp.square(gradient))
 
 
 class _Pool(NamedTuple):
@@ -119,25 +148,51 @@ class _Pool(NamedTuple):
     candidate: Int[Array, " k"]
 
 
-def _watched_pool(matrix: Matrix, dropped: Bool[Array, " k"], size: int) -> _Pool:
+def _watched_pool(matrix: Matrix, dropped: Bool[Array, " k"]) -> _Pool:
     """AG: the candidates by |sum of their gradients|, without the slots that survive."""
     entry, k = matrix.candidates.index, matrix.support.size
-    slot_of = jnp.full(size, k, jnp.int32).at[matrix.support].set(jnp.arange(k, dtype=jnp.int32))
-    slot = slot_of[entry]
+    slot = _slot_of(matrix.support, entry)
     survives = ~dropped.at[slot].get(mode="fill", fill_value=True)
     score, best = jax.lax.top_k(jnp.where(survives, -jnp.inf, jnp.abs(matrix.candidates.gradient)), k)
     return _Pool(entry[best], score, slot[best], best)
 
 
+def _slot_of(support: Int[Array, " k"], entry: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The slot that holds each entry; k where none does."""
+    order = jnp.argsort(support).astype(jnp.int32)
+    place = jnp.searchsorted(support[order], entry)
+    slot = order[jnp.minimum(place, support.size - 1)]
+    return jnp.where(support[slot] == entry, slot, support.size)
+
+
 def _approximated_pool(matrix: Matrix) -> _Pool:
     """MA: entries outside the support by the product of SM3's accumulators; its root, lest it underflow."""
     k = matrix.support.size
-    score = jnp.sqrt(matrix.optimizer.inputs)[:, None] * jnp.sqrt(matrix.optimizer.outputs)
-    score, entry = jax.lax.top_k(score.reshape(-1).at[matrix.support].set(-jnp.inf), k)
+    score, entry = _best_outside(*jax.tree.map(jnp.sqrt, matrix.optimizer), matrix.support)
     return _Pool(entry, score, jnp.full_like(entry, k), jnp.arange(k))
 
 
-def _reselect(method: Spiel, now: Now, matrix: Matrix, weight: Float[Array, " size"]) -> Matrix:
+# One matrix after the other: of all scores of a matrix, only a tile exists at a time.
+@jax.custom_batching.sequential_vmap
+def _best_outside(inputs: Array, outputs: Array, support: Array) -> tuple[Array, Array]:
+    """The k largest products of an input's and an output's number outside a support of k entries, and where.
+
+    -inf where there are fewer.
+    """
+
+    def score(tile: Array, first: Array) -> Array:
+        place = support - first * outputs.size
+        inside = jnp.where(place < 0, tile.size, place)
+        return tile.reshape(-1).at[inside].set(-1, mode="drop").reshape(tile.shape)  # others are at least 0
+
+    # The products are those of one token, whose features some hardware would round.
+    with jax.default_matmul_precision("highest"):
+        best = gradient_topk(inputs[None], outputs[None], support.size, score=score)
+    entry = best.rows * outputs.size + best.columns
+    return jnp.where(_slot_of(support, entry) < support.size, -jnp.inf, best.values), entry
+
+
+def _reselect(method: Spiel, now: Now, shape: tuple[int, int], read: Read, matrix: Matrix) -> Matrix:
     """Exchanges the slots with the smallest deltas for as many of the best of the pool.
 
     What would be dropped and grown at once stays as it is. Where the pool has fewer entries, the larger of the deltas
@@ -147,7 +202,7 @@ def _reselect(method: Spiel, now: Now, matrix: Matrix, weight: Float[Array, " si
     by_size = jnp.argsort(jnp.abs(matrix.delta))
     rank = jnp.argsort(by_size)
     dropped = rank < drops
-    pool = _watched_pool(matrix, dropped, weight.size) if method.grow == "AG" else _approximated_pool(matrix)
+    pool = _watched_pool(matrix, dropped) if method.grow == "AG" else _approximated_pool(matrix)
     grows = (jnp.arange(k) < drops) & (pool.score > -jnp.inf)
     joins = grows & (pool.slot == k)
     leaves = dropped.at[jnp.where(grows, pool.slot, k)].set(False, mode="drop")
@@ -163,8 +218,8 @@ def _reselect(method: Spiel, now: Now, matrix: Matrix, weight: Float[Array, " si
     new = matrix._replace(
         support=exchange(matrix.support, entry),
         delta=exchange(matrix.delta, 0),
-        base=exchange(matrix.base, weight[entry]),
-        left=Left(jnp.where(leaves, matrix.support, weight.size), matrix.base),
+        base=exchange(matrix.base, read(entry)),
+        left=Left(jnp.where(leaves, matrix.support, shape[0] * shape[1]), matrix.base),
     )
     if method.grow == "MA":
         return new

@@ -55,6 +55,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "paca": lambda: js.paca(optax.adam(1e-3), rank=3),
     "s2ft": lambda: js.s2ft(optax.adam(1e-3), output=0.25, down=0.05, head_size=CONFIG.head_dim),
     "cola": lambda: js.cola(optax.adam(1e-3), rank=3, chain_every=5),
+    "spiel": lambda: js.spiel(1e-3, total_steps=100, density=0.005, budget=None),
+    "spiel, MA": lambda: js.spiel(1e-3, total_steps=100, density=0.005, budget=None, grow="MA"),
 }
 
 
