@@ -18,6 +18,7 @@ from jaxsparse.engine.layers import LayersState as LayersState
 from jaxsparse.engine.low_rank import LowRankState as LowRankState
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
 from jaxsparse.engine.spiel import SpielState as SpielState
+from jaxsparse.engine.tuner import ReferenceTuner as ReferenceTuner
 from jaxsparse.methods.baselines import saft as saft
 from jaxsparse.methods.baselines import shira as shira
 from jaxsparse.methods.baselines import sift as sift

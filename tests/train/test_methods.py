@@ -40,6 +40,7 @@ def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
     report = json.loads((out / "report.json").read_text())
     assert report["bit_identical"]
     assert report["method"] == method
+    print("ENGINE", method, report["engine"])
     assert report["entries_changed"] > 0
     if method not in DENSE_UPDATES:
         assert report["entries_changed"] <= report["slots"] * max(report["refreshes"], 1)
