@@ -21,7 +21,7 @@ from jaxsparse.subspaces.targets import tree_size
 __all__ = ["MethodsConfig", "main"]
 
 # In files and pipes: the tables fit without breaking a word.
-_WIDTH = 100
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
