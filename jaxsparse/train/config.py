@@ -115,12 +115,11 @@ class FinetuneConfig(Generic[Options]):
     method: str = "gasdu"
     """The method; its own options are listed below. `--method NAME --help` shows another method's."""
     engine: Engine = "fused"
-    """What runs the method. fused: the slots' gradients come straight out of the backward pass, and dense gradients
-    never exist. reference: dense gradients of the targets, masked; slower and larger, the definition of every method.
-    In the fused engine a method that picks by a mean gradient sees as many of the run's first batches as its
-    calibration_steps before the first step (the reference engine spends so many steps on it), or one where the first
-    gradient picks and the backward pass cannot pick by it; these batches then train as all others. What the fused
-    engine has no way to run goes to the reference engine, and the run says so; the report names the engine that ran."""
+    """What runs the method. fused: the slots' gradients come straight out of the backward pass, dense gradients never
+    exist. reference: dense gradients of the targets, masked; slower and larger, the definition of every method.
+    Methods that pick by a mean gradient see as many of the run's first batches as their calibration_steps (one where
+    the first gradient picks) before the fused engine begins, and then train on them; the reference engine spends steps
+    on it. What the fused engine cannot run goes to the reference engine, with a notice; the report names the engine."""
     targets: str | None = None
     """Weights that may move: a regular expression for the whole path, such as 'layers/.*/(q|v)_proj/kernel';
     None: the attention projections."""

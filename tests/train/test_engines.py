@@ -10,11 +10,12 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse.engine.tuner import ReferenceTuner
 from jaxsparse.methods.overview import overview
+from jaxsparse.train.config import Engine
 from jaxsparse.train.engines import Choice, choose_engine
 
 TARGETS = r"layer/(q_proj|o_proj)/kernel"
+SLICES = [js.Target(TARGETS, subspace=js.subspaces.Slices(2))]
 
 
 def problem(rng: np.random.Generator) -> tuple[Any, Callable[..., Any], list[Any]]:
@@ -36,11 +37,13 @@ def problem(rng: np.random.Generator) -> tuple[Any, Callable[..., Any], list[Any
     return params, loss, batches
 
 
-def choose(method: Any, params: Any, loss: Callable[..., Any], batches: list[Any], **options: Any) -> Choice:
+def choose(
+    method: Any, params: Any, loss: Callable[..., Any], batches: list[Any], engine: Engine = "fused", parts: int = 1
+) -> Choice:
     def first() -> Iterator[Any]:
         return iter(batches)
 
-    return choose_engine("fused", loss, params, method, first, **{"share_of_data": 1, **options})
+    return choose_engine(engine, loss, params, method, first, share_of_data=1, micro_batches=parts)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,8 @@ def choose(method: Any, params: Any, loss: Callable[..., Any], batches: list[Any
         ("gallop", {"density": 0.2, "calibration_steps": 2}, 2, 2),
         ("lora_ga", {"rank": 1, "calibration_steps": 2}, 2, 2),
         ("neuroada", {"k": 2, "select": "gradient"}, 0, 1),
-        ("s2ft", {"score": "gradient", "targets": [js.Target(TARGETS, subspace=js.subspaces.Slices(2))]}, 0, 1),
+        ("s2ft", {"score": "gradient", "targets": SLICES}, 0, 1),
+        ("s2ft", {"score": "product", "targets": SLICES}, 0, 2),
     ],
 )
 def test_what_the_fused_engine_sees_before_is_what_the_reference_engine_spends_steps_on(
@@ -57,9 +61,9 @@ def test_what_the_fused_engine_sees_before_is_what_the_reference_engine_spends_s
 ) -> None:
     params, loss, batches = problem(rng)
     method = getattr(js, name)(optax.adam(0.01), **{"targets": TARGETS, **options})
-    choice = choose(method, params, loss, batches, micro_batches=micro_batches)
+    choice = choose(method, params, loss, batches, parts=micro_batches)
     assert (choice.engine, choice.notice) == ("fused", None)
-    reference = ReferenceTuner(loss, method, accumulate=micro_batches)
+    reference = choose(method, params, loss, batches, "reference").tuner
     found, expected = choice.tuner.init(params), reference.init(params)
     for batch in batches[:looks]:
         expected, _ = reference.step(expected, batch)
