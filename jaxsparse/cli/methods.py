@@ -21,14 +21,15 @@ from jaxsparse.subspaces.targets import tree_size
 __all__ = ["MethodsConfig", "main"]
 
 # In files and pipes: the tables fit without breaking a word.
-_WIDTH = 100
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
 class MethodsConfig:
     """Lists all methods at their default options; with --model, what each of them trains and stores on that model.
 
-    No weights are read. `jaxsparse finetune --method NAME --help` tells all options of one.
+    The engine is what `jaxsparse finetune` runs a method on; "after calibration" it looks at the gradients of the first
+    batches before training. No weights are read. `jaxsparse finetune --method NAME --help` tells all options of one.
 
     Example: jaxsparse methods --model smollm2-135m
     """
@@ -69,22 +70,25 @@ def main(arguments: Sequence[str]) -> int:
 
 def _methods(rows: Sequence[Overview]) -> Table:
     """What the methods are."""
-    table = _table("method", "subspace", "what it trains", "paper", "budget, schedule")
+    table = _table("method", "subspace", "what it trains", "engine", "paper", "budget, schedule")
     for row in rows:
-        table.add_row(row.method, row.subspace, row.trains, row.paper, _shown(row, row.budget | row.schedule))
+        table.add_row(
+            row.method, row.subspace, row.trains, row.engine, row.paper, _shown(row, row.budget | row.schedule)
+        )
     return table
 
 
 def _costs(rows: Sequence[Overview], title: str) -> Table:
     """What the methods cost on a model."""
-    table = _table("method", "subspace", "paper", "budget", "trainable", "%", "state")
+    table = _table("method", "subspace", "engine", "paper", "budget", "trainable", "%", "state")
     table.title, table.title_justify = title, "left"
     for row in rows:
         numbers = ("-", "-", "-")
         if row.trainable is not None and row.share is not None and row.state_bytes is not None:
             share = f"{100 * row.share:.3f}" if row.share < 0.1 else f"{100 * row.share:.1f}"
             numbers = (f"{row.trainable:,}", share, filesize.decimal(row.state_bytes))
-        table.add_row(row.method, row.subspace, row.paper.split(" (")[0], _shown(row, row.budget), *numbers)
+        paper = row.paper.split(" (")[0]
+        table.add_row(row.method, row.subspace, row.engine, paper, _shown(row, row.budget), *numbers)
     return table
 
 
@@ -95,7 +99,7 @@ def _table(*names: str) -> Table:
         table.add_column(
             name,
             justify="right" if name in ("trainable", "%", "state") else "left",
-            no_wrap=name not in ("subspace", "what it trains", "paper"),
+            no_wrap=name not in ("subspace", "what it trains", "engine", "paper"),
             overflow="fold",
         )
     return table

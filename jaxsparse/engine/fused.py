@@ -29,6 +29,7 @@ from jaxsparse.engine.spiel_description import Spiel
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.subspaces.targets import is_masked
+from jaxsparse.subspaces.units import Everything
 
 __all__ = ["FusedTuner", "fuse"]
 
@@ -150,11 +151,12 @@ class FusedTuner:
             # Where nothing moves the weight keeps its bits.
             new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
             leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], units, new)
+        measured = backward.energies is not None or all(isinstance(t.subspace, Everything) for t in targets)
         metrics = StepMetrics(
             loss=backward.loss,
             tokens=backward.tokens,
-            retention=after.progress.retention,
-            retention_mean=after.progress.retention_mean,
+            retention=jnp.where(measured, after.progress.retention, jnp.nan),
+            retention_mean=jnp.where(measured, after.progress.retention_mean, jnp.nan),
             refreshed=due & finite,
             skipped=after.progress.skipped,
         )

@@ -13,7 +13,7 @@ from jaxsparse.engine.description import Description
 from jaxsparse.engine.places import GlobalPlaces, GlobalSupport, MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import SubspaceState
 from jaxsparse.engine.selection import select
-from jaxsparse.select.schedules import Once
+from jaxsparse.select.schedules import Adaptive, Once
 from jaxsparse.subspaces.units import Coordinates, Slices
 
 __all__ = ["check_fusible", "drawn_support", "first_support"]
@@ -33,6 +33,11 @@ def check_fusible(description: Any) -> Description:
             "fused engine has none: pick the support by js.calibrate and give it by js.with_support"
         )
     picks_once = isinstance(description.schedule, Once) or description.given.get("support") is not None
+    if isinstance(description.schedule, Adaptive):
+        raise InputError(
+            f"{description.name} picks again when retention falls, and the fused engine measures it only when it "
+            "picks: give a number of steps, or use js.ReferenceTuner"
+        )
     if description.score.entries is not None and not picks_in_backward(description) and not picks_once:
         raise InputError(
             f"{description.name}: the fused engine picks by {description.score.name} once; picking again by it is left "

@@ -1,7 +1,7 @@
-"""Training by the reference engine: one jitted step from a batch to new weights."""
+"""What trains a model: one jitted step from a batch to new weights; here by the reference engine."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.engine.micro_batches import mean_gradients
 
-__all__ = ["ReferenceTuner", "StepMetrics", "TunerState", "check_method"]
+__all__ = ["ReferenceTuner", "StepMetrics", "Tuner", "TunerState", "check_method"]
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Array]]]
 
@@ -20,7 +20,8 @@ class TunerState(NamedTuple):
     """What a training step reads and writes.
 
     Attributes:
-        params: the model's parameters.
+        params: the model's parameters; the fused engine's low-rank methods keep the frozen weights here, and
+            `tuner.params(state)` merges the factors in.
         method: the method's own state.
     """
 
@@ -34,7 +35,10 @@ class StepMetrics(NamedTuple):
     Attributes:
         loss: mean loss of the batch before the step.
         tokens: number of target tokens of the batch.
-        retention: ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4).
+        retention: ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4). The reference engine measures it at
+            every step. The fused engine sees the whole gradient only while it picks by it: between refreshes the last
+            measurement stands, and a method that does not pick by this step's gradient gets NaN, "not measured".
+            Low-rank methods retain 1.
         retention_mean: the mean of the same ratio over matrices.
         refreshed: whether this step picked a new support.
         skipped: steps left out so far because of a gradient that was not finite.
@@ -46,6 +50,25 @@ class StepMetrics(NamedTuple):
     retention_mean: Float[Array, ""]
     refreshed: Array
     skipped: Int[Array, ""]
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """What trains a model, whichever engine it is."""
+
+    @property
+    def description(self) -> Any:
+        """The method."""
+
+    @property
+    def step(self) -> Callable[[TunerState, Any], tuple[TunerState, StepMetrics]]:
+        """From a state, which is donated, and a batch to the next state: one jitted function."""
+
+    def init(self, params: Any, *, donate: bool = False) -> TunerState:
+        """Returns the state to start from."""
+
+    def params(self, state: TunerState) -> Any:
+        """Returns the model's parameters."""
 
 
 def check_method(method: optax.GradientTransformation) -> SubspaceTransformation:
@@ -92,6 +115,7 @@ class ReferenceTuner:
     def __init__(self, loss_fn: LossFn, method: SubspaceTransformation, *, accumulate: int = 1) -> None:
         self.loss_fn = loss_fn
         self.method = check_method(method)
+        self.description = method.description
         self.accumulate = accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
 
@@ -105,6 +129,10 @@ class ReferenceTuner:
         """
         start = params if donate else jax.tree.map(jnp.copy, params)
         return TunerState(start, jax.jit(self.method.init)(params))
+
+    def params(self, state: TunerState) -> Any:
+        """Returns the model's parameters."""
+        return state.params
 
     def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
         leaves, structure = jax.tree.flatten(state.params)

@@ -12,6 +12,7 @@ import optax
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.description import SubspaceTransformation, count_slots
+from jaxsparse.engine.preparation import EngineOf, engine_of
 from jaxsparse.methods.registry import METHODS, PAPERS
 from jaxsparse.subspaces.targets import tree_size
 
@@ -34,6 +35,8 @@ class Overview:
         paper: where it is from.
         subspace: where weights may move, in a word or two.
         trains: what it trains, in a sentence.
+        engine: "fused"; "fused after calibration", where a method first looks at gradients of some batches; or
+            "reference".
         budget: the options that say how much trains.
         schedule: the options that say when it is chosen again.
         examples: those of them that have no default, and are set here to some value.
@@ -47,6 +50,7 @@ class Overview:
     paper: str
     subspace: str
     trains: str
+    engine: EngineOf
     budget: dict[str, Any]
     schedule: dict[str, Any]
     examples: tuple[str, ...]
@@ -84,6 +88,7 @@ def _row(name: str, params: Any, head_size: int | None) -> Overview:
         "method": name,
         "paper": PAPERS[name],
         "subspace": method.description.subspace_name,
+        "engine": engine_of(method),
         "trains": docstring_parser.parse(METHODS[name].__doc__ or "").short_description,
         "budget": {option: options[option] for option in _BUDGET if option in options},
         "schedule": {option: options[option] for option in _SCHEDULE if option in options},

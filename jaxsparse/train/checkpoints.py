@@ -33,7 +33,8 @@ class RunCheckpoint:
 
     Attributes:
         step: optimizer steps done.
-        delta: the weights that may move, against the base.
+        delta: the weights of the state that may move, against the base: of a low-rank method in the fused engine those
+            that are frozen beside the factors.
         method_state: the method's state, a pytree of arrays.
         data_state: the data iterator's state, as JSON can hold it.
         totals: sums for the report, as JSON can hold them.

@@ -6,10 +6,11 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-__all__ = ["DataConfig", "FinetuneConfig", "ModelConfig", "OptimizerConfig", "RunConfig"]
+__all__ = ["DataConfig", "Engine", "FinetuneConfig", "ModelConfig", "OptimizerConfig", "RunConfig"]
 
 Options = TypeVar("Options")
 DType = Literal["float32", "bfloat16"]
+Engine = Literal["fused", "reference"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ class FinetuneConfig(Generic[Options]):
     inner: OptimizerConfig = field(default_factory=OptimizerConfig)
     method: str = "gasdu"
     """The method; its own options are listed below. `--method NAME --help` shows another method's."""
+    engine: Engine = "fused"
+    """What runs the method. fused: the slots' gradients come straight out of the backward pass, dense gradients never
+    exist. reference: dense gradients of the targets, masked; slower and larger, the definition of every method.
+    Methods that pick by a mean gradient see as many of the run's first batches as their calibration_steps (one where
+    the first gradient picks) before the fused engine begins, and then train on them; the reference engine spends steps
+    on it. What the fused engine cannot run goes to the reference engine, with a notice; the report names the engine."""
     targets: str | None = None
     """Weights that may move: a regular expression for the whole path, such as 'layers/.*/(q|v)_proj/kernel';
     None: the attention projections."""

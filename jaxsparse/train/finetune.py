@@ -16,9 +16,9 @@ from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.data.rows import load_rows
 from jaxsparse.engine.description import count_slots
-from jaxsparse.engine.tuner import ReferenceTuner, TunerState
 from jaxsparse.evaluate.held_out import Measurement, measure
 from jaxsparse.models.checkpoints import Checkpoint, load
+from jaxsparse.select.schedules import Progress
 from jaxsparse.train.config import FinetuneConfig
 from jaxsparse.train.loop import train
 from jaxsparse.train.optimizer import learning_rate
@@ -64,14 +64,15 @@ def carry_out(job: Job) -> Report:
     config, base = job.config, job.base
     open_run_folder(config)
     before = _measured(job, "before", base.params)
-    tuner = ReferenceTuner(job.model.loss, job.method, accumulate=config.rows.micro_batches)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(
-        tuner, base.params, job.data, config.run, job.steps, rate=rate, base_fingerprint=base.fingerprint
+        job.tuner, base.params, job.data, config.run, job.steps, rate=rate, base_fingerprint=base.fingerprint
     )
-    after = _measured(job, "after", state.params)
-    delta = _save_delta(config, base, state.params, job.steps)
-    report = _report(job, before, after, state, totals, delta)
+    tuned, method_progress = job.tuner.params(state), state.method.progress
+    del state  # a low-rank method's frozen weights need not stay beside the tuned ones
+    after = _measured(job, "after", tuned)
+    delta = _save_delta(config, base, tuned, job.steps)
+    report = _report(job, before, after, count_slots(job.method, tuned), method_progress, totals, delta)
     text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
     atomic_write_text(config.run.out / "report.json", text + "\n")
     return report
@@ -150,7 +151,8 @@ def _report(
     job: Job,
     before: Measurement | None,
     after: Measurement | None,
-    state: TunerState,
+    slots: int,
+    method_progress: Progress,
     totals: Totals,
     delta: _SavedDelta,
 ) -> Report:
@@ -162,15 +164,16 @@ def _report(
         exact_match_after=after.exact_match if after else None,
         eval_rows=after.rows if after else 0,
         entries_changed=delta.entries,
-        slots=count_slots(job.method, state.params),
+        slots=slots,
         delta_bytes=delta.size,
         bit_identical=delta.bit_identical,
         tokens_per_second=totals.tokens_per_second,
-        retention_mean=finite_or_none(sum(retention) / len(retention)) if retention else 1.0,
-        refreshes=int(state.method.progress.refreshes),
+        retention_mean=finite_or_none(sum(retention) / len(retention)) if retention else None,
+        refreshes=int(method_progress.refreshes),
         steps=job.steps,
         skipped=totals.skipped,
         method=job.config.method,
+        engine=job.engine,
         base=job.config.base.model,
         delta=str(delta.path),
     )

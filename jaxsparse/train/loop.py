@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from jaxsparse import deltas
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
-from jaxsparse.engine.tuner import ReferenceTuner, StepMetrics, TunerState
+from jaxsparse.engine.tuner import StepMetrics, Tuner, TunerState
 from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.metrics import MetricsWriter
@@ -21,7 +22,7 @@ __all__ = ["train"]
 
 
 def train(
-    tuner: ReferenceTuner,
+    tuner: Tuner,
     params: Any,
     data: grain.DatasetIterator,
     run: RunConfig,
@@ -42,7 +43,7 @@ def train(
         base_fingerprint: of `params`.
 
     Returns:
-        The last state and the sums over the run.
+        The last state and the sums over the run; `tuner.params` of that state is the tuned model.
 
     Raises:
         InputError: a checkpoint cannot be written, or none can be used.
@@ -50,12 +51,17 @@ def train(
     folder = run.out / "checkpoints"
     remove_unfinished(folder)
     # A host copy of what may move: checkpoints hold the weights as a delta against it.
-    moving = tuner.method.description.moving(params)
+    moving = tuner.description.moving(params)
     base = {path: np.array(leaf) for path, leaf in _at(params, moving)}
-    state, totals, start = tuner.init(params, donate=True), Totals(), 0
-    found = restore_newest(folder, state.method, base_fingerprint=base_fingerprint) if run.resume else None
-    if found is not None:
-        state = TunerState(deltas.apply(state.params, found.delta, donate=True), found.method_state)
+    found = None
+    if run.resume:
+        like = jax.eval_shape(tuner.init, params).method
+        found = restore_newest(folder, like, base_fingerprint=base_fingerprint)
+    if found is None:
+        state, totals, start = tuner.init(params, donate=True), Totals(), 0
+    else:
+        # Not by way of `init`, which may change the weights that the delta is against (LoRA-GA).
+        state = TunerState(deltas.apply(params, found.delta, donate=True), found.method_state)
         totals, start = Totals(**found.totals), found.step
         data.set_state(found.data_state)
 

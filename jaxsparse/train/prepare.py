@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import grain
-import jax
+from rich.console import Console
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.batches import batches, steps_per_epoch
 from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
-from jaxsparse.engine.calibration import calibrate, with_support
-from jaxsparse.engine.description import Description, SubspaceTransformation
+from jaxsparse.engine.description import SubspaceTransformation, count_slots
+from jaxsparse.engine.tuner import Tuner
 from jaxsparse.evaluate.held_out import HeldOut, encode_held_out
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
-from jaxsparse.train.config import DataConfig, FinetuneConfig, RunConfig
+from jaxsparse.train.config import DataConfig, Engine, FinetuneConfig, RunConfig
+from jaxsparse.train.engines import choose_engine
 from jaxsparse.train.metrics import check_tensorboard
 from jaxsparse.train.optimizer import make_method
 
@@ -35,6 +36,8 @@ class Job:
         tokenizer: its tokenizer.
         model: the model's functions.
         method: what trains it.
+        tuner: makes the steps.
+        engine: which engine the tuner is of.
         data: the training batches.
         steps: optimizer steps of the whole run.
         held_out: the rows to measure on, or None.
@@ -45,6 +48,8 @@ class Job:
     tokenizer: Tokenizer
     model: LanguageModel
     method: SubspaceTransformation
+    tuner: Tuner
+    engine: Engine
     data: grain.DatasetIterator
     steps: int
     held_out: HeldOut | None
@@ -78,30 +83,24 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     steps = _steps(config, examples)
     method = make_method(config, base.params, steps, base.config.head_dim)
     model, held_out = LanguageModel(base.config, config.base.remat), None
-    method = _calibrated(method, model, base.params, config, examples)
-    jax.eval_shape(method.init, base.params)  # complains about targets and budgets
+    count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]
         held_out = encode_held_out(model, base.tokenizer, measured, max_new_tokens=rows.max_new_tokens, **options)
-    data = batches(examples, seed=run.seed, **_batching(rows))
-    return Job(config, base, base.tokenizer, model, method, data, steps, held_out)
-
-
-def _calibrated(
-    method: SubspaceTransformation,
-    model: LanguageModel,
-    params: Any,
-    config: FinetuneConfig,
-    examples: Sequence[Example],
-) -> SubspaceTransformation:
-    """The method, with its support picked by activations if it wants them: over 1 % of the data, as S2FT's paper."""
-    description = method.description
-    if not isinstance(description, Description) or "activation" not in description.score.needs:
-        return method
-    batching = {"seed": config.run.seed, **_batching(config.rows)}
-    data, steps = batches(examples, **batching), steps_per_epoch(examples, epoch=0, **batching)
-    calibration_set = [next(data) for _ in range(max(1, round(0.01 * steps)))]
-    return with_support(method, calibrate(model.loss, params, calibration_set, method))
+    batching = {"seed": run.seed, **_batching(rows)}
+    tuner, engine, notice = choose_engine(
+        config.engine,
+        model.loss,
+        base.params,
+        method,
+        lambda: batches(examples, **batching),
+        share_of_data=max(1, round(0.01 * steps_per_epoch(examples, epoch=0, **batching))),  # S2FT's paper takes 1 %
+        micro_batches=rows.micro_batches,
+    )
+    if notice:
+        Console(stderr=True, soft_wrap=True).print(notice, markup=False, highlight=False)
+    data = batches(examples, **batching)
+    return Job(config, base, base.tokenizer, model, method, tuner, engine, data, steps, held_out)
 
 
 def _check_run(run: RunConfig) -> None:

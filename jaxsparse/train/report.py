@@ -24,11 +24,13 @@ class Report:
         bit_identical: whether the delta as saved, applied to the base as it is on disk, is the tuned model bit for bit.
         tokens_per_second: input tokens (padding left out) per second of the steps that did not compile.
         retention_mean: mean over refreshing steps of ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4);
-            None where it is not finite.
+            None where it is not finite, or was not measured: the fused engine measures it only for methods that pick
+            by the step's own gradient.
         refreshes: how often a support was picked.
         steps: optimizer steps.
         skipped: steps left out because of a gradient that was not finite.
         method: the method's name.
+        engine: what ran it, "fused" or "reference".
         base: the model that the delta belongs to.
         delta: where the delta lies.
     """
@@ -48,12 +50,15 @@ class Report:
     steps: int
     skipped: int
     method: str
+    engine: str
     base: str
     delta: str
 
     def table(self) -> Table:
         """Returns the report as a table for a terminal."""
-        table = Table(title=f"{self.method} on {self.base}", show_header=False, title_justify="left")
+        table = Table(
+            title=f"{self.method} on {self.base}, {self.engine} engine", show_header=False, title_justify="left"
+        )
         if self.eval_rows:
             losses = f"{_shown(self.loss_before, '.3f')} -> {_shown(self.loss_after, '.3f')}"
             table.add_row(f"held-out loss ({self.eval_rows} rows)", losses)
@@ -65,7 +70,8 @@ class Report:
         per_entry = self.delta_bytes / max(self.entries_changed, 1)
         table.add_row("delta on disk", f"{self.delta_bytes:,} bytes ({per_entry:.2f} per entry)")
         table.add_row("base + delta = tuned model", "bit-identical" if self.bit_identical else "[red]NOT identical")
-        table.add_row("mean retention at refreshes", _shown(self.retention_mean, ".3f"))
+        retention = "not measured" if self.retention_mean is None else f"{self.retention_mean:.3f}"
+        table.add_row("mean retention at refreshes", retention)
         table.add_row("speed", f"{self.tokens_per_second:,.0f} tokens/s")
         if self.skipped:
             table.add_row("skipped steps (gradient not finite)", f"[red]{self.skipped:,}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsparse.common.progress import Advance
 from jaxsparse.data.batches import Batch
@@ -22,7 +23,7 @@ class Totals:
     Attributes:
         tokens: input tokens of the timed steps, padding left out.
         seconds: time of the timed steps: all but those that compiled.
-        retention_at_refresh: the retention of every refreshing step.
+        retention_at_refresh: the retention of every refreshing step on which it was measured.
         skipped: steps left out because of a gradient that was not finite.
     """
 
@@ -95,7 +96,7 @@ class Reporter:
         if pending.timed:
             self._totals.tokens += pending.tokens
             self._totals.seconds += seconds
-        if values.refreshed:
+        if values.refreshed and np.isfinite(values.retention):
             self._totals.retention_at_refresh.append(float(values.retention))
         # A skipped step does not count for the optimizer, nor for the schedule inside it.
         rate = float(self._rate(pending.step - 1 - self._totals.skipped))
@@ -119,4 +120,5 @@ class Reporter:
             tokens=pending.tokens,
             seconds=round(seconds, 4),
         )
-        self._advance(1, f"loss {values.loss:.3f}  retention {values.retention:.2f}  {speed:,.0f} tokens/s")
+        retention = f"  retention {values.retention:.2f}" if np.isfinite(values.retention) else ""
+        self._advance(1, f"loss {values.loss:.3f}{retention}  {speed:,.0f} tokens/s")

@@ -29,7 +29,7 @@ def test_every_method_says_where_it_is_from_and_what_it_trains(capsys: pytest.Ca
     assert set(PAPERS) == set(METHODS)
     for name, row in listed.items():
         assert row["paper"] == PAPERS[name]
-        assert all(row[field] for field in ("paper", "subspace", "trains")), name
+        assert all(row[field] for field in ("paper", "subspace", "trains", "engine")), name
         assert "_" not in row["subspace"]
         assert (row["trainable"], row["problem"]) == (None, None)
     assert {listed[name]["subspace"] for name in ("gasdu", "shira", "spiel")} == {"coordinates"}

@@ -10,7 +10,15 @@ import yaml
 from jaxsparse import deltas
 from jaxsparse.cli.main import main
 from jaxsparse.models.checkpoints import load
-from tests.train.runs import arguments, finetune, weights
+from tests.train.runs import arguments, finetune, metrics_of, weights
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_model: Path, problems: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the reference engine, each batch taken as a whole."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finetune(tiny_model, problems, out, engine="reference") == 0
+    return out
 
 
 @pytest.mark.parametrize("batching", ["bucketed", "packed"])
@@ -23,6 +31,7 @@ def test_a_run_learns_and_reports_what_it_did(
     report = json.loads((out / "report.json").read_text())
     assert report["loss_after"] < report["loss_before"] - 0.1
     assert report["bit_identical"] is True
+    assert report["engine"] == "fused"
     assert (report["steps"], report["refreshes"], report["skipped"]) == (24, 8, 0)
     assert 0 < report["entries_changed"] <= 8 * report["slots"]
     assert report["slots"] == 2 * (2 * 20 + 2 * 10)  # two layers; q and o of 1024 entries, k and v of 512, at 2 %
@@ -46,17 +55,17 @@ def test_a_run_learns_and_reports_what_it_did(
     assert len(predictions["rows"]) == 8
 
 
-def test_micro_batches_change_nothing_but_rounding(tiny_model: Path, problems: dict[str, Path], tmp_path: Path) -> None:
-    for parts in (1, 2):
-        assert finetune(tiny_model, problems, tmp_path / str(parts), **{"micro-batches": parts}) == 0
-    whole, split = (weights(tiny_model, tmp_path / str(parts) / "delta") for parts in (1, 2))
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()]
-        for parts in (1, 2)
-    ]
+@pytest.mark.parametrize("other", [{"engine": "fused"}, {"engine": "reference", "micro-batches": 2}])
+def test_engine_and_micro_batches_change_nothing_but_rounding(
+    other: dict, whole_run: Path, tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+) -> None:
+    assert finetune(tiny_model, problems, tmp_path / "run", **other) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["engine"] == other["engine"]
+    losses = [[line["loss"] for line in metrics_of(out)] for out in (whole_run, tmp_path / "run")]
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    for path, leaf in whole.items():
-        np.testing.assert_allclose(leaf, split[path], atol=2e-3, err_msg=path)
+    found = weights(tiny_model, tmp_path / "run" / "delta")
+    for path, leaf in weights(tiny_model, whole_run / "delta").items():
+        np.testing.assert_allclose(leaf, found[path], atol=2e-3, err_msg=path)
 
 
 def test_the_written_config_repeats_the_run_to_the_bit(

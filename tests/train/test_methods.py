@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxsparse.cli.main import main
+from jaxsparse.methods.overview import overview
 from jaxsparse.methods.registry import METHODS
 from tests.conftest import make_tiny_model
 
@@ -23,11 +24,12 @@ OPTIONS = {
 }
 # These move every weight of a target by fewer numbers.
 DENSE_UPDATES = {"lora", "lora_plus", "cola", "asym_lora", "rac_lora", "dora", "lora_ga", "lora_one"}
+ENGINES = {row.method: row.engine for row in overview()}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
-    method: str, tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+    method: str, tiny_model: Path, problems: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run"
     model = tiny_model
@@ -40,6 +42,9 @@ def test_trains_lowers_the_loss_and_leaves_an_exact_delta(
     report = json.loads((out / "report.json").read_text())
     assert report["bit_identical"]
     assert report["method"] == method
+    engine = "reference" if ENGINES[method] == "reference" else "fused"
+    assert report["engine"] == engine
+    assert ("running on the reference engine: " in capsys.readouterr().err) == (engine == "reference")
     assert report["entries_changed"] > 0
     if method not in DENSE_UPDATES:
         assert report["entries_changed"] <= report["slots"] * max(report["refreshes"], 1)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -17,7 +19,7 @@ import pytest
 import jaxsparse as js
 from jaxsparse.cli.main import main
 from jaxsparse.data import batches, encode_rows, load_rows
-from jaxsparse.engine.tuner import ReferenceTuner
+from jaxsparse.engine.preparation import prepared
 from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.train.config import RunConfig
@@ -78,27 +80,42 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(
         np.testing.assert_array_equal(leaf, before[path])
 
 
-def test_a_resumed_run_compiles_its_step_once(tiny_model: Path, problems: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gasdu", "lora_ga"])
+def test_a_resumed_run_is_the_whole_run_and_compiles_its_step_once(
+    name: str, tiny_model: Path, problems: dict[str, Path], tmp_path: Path
+) -> None:
+    """LoRA-GA's frozen weights differ from the base before its first step."""
     base = load(tiny_model)
     examples = encode_rows(load_rows(problems["train"]), base.tokenizer, "plain", 128)
-    method = js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=3)
+    loss = LanguageModel(base.config).loss
 
-    def compiled(steps: int, **options: bool) -> int:
-        data = batches(examples, batch_size=4, max_length=128, mode="packed")  # packed: all of one shape
-        tuner = ReferenceTuner(LanguageModel(base.config).loss, method)
-        run = RunConfig(tmp_path, steps=steps, checkpoint_every=2, **options)
+    def data() -> Any:
+        return batches(examples, batch_size=4, max_length=128, mode="packed")  # packed: all of one shape
+
+    if name == "gasdu":
+        method = js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=3)
+    else:
+        method = prepared(loss, base.params, [next(data())], js.lora_ga(optax.adam(1e-2), rank=2))
+    tuner = js.fuse(loss, method, has_aux=True)
+
+    def run(out: Path, steps: int, **options: bool) -> Any:
+        options = {"steps": steps, "checkpoint_every": 2, **options}
         params = load(tiny_model).params
-        train(tuner, params, data, run, steps, rate=lambda step: 0.01, base_fingerprint=base.fingerprint)
-        return tuner.step._cache_size()
+        told = {"rate": lambda step: 0.01, "base_fingerprint": base.fingerprint}
+        out.mkdir(exist_ok=True)
+        state, _ = train(tuner, params, data(), RunConfig(out, **options), steps, **told)
+        return tuner.params(state)
 
-    tmp_path.mkdir(exist_ok=True)
-    assert compiled(3) == 1
-    leftover = tmp_path / "checkpoints" / ".step_00000004.k1lled"
+    whole, broken = run(tmp_path / "whole", 5), tmp_path / "broken"
+    run(broken, 3)
+    leftover = broken / "checkpoints" / ".step_00000004.k1lled"
     leftover.mkdir()
     (leftover / "run.json").write_text("{")
-    assert compiled(5, resume=True) == 1
-    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    jax.tree.map(np.testing.assert_array_equal, run(broken, 5, resume=True), whole)
+    assert tuner.step._cache_size() == 1
+    assert [line["step"] for line in metrics_of(broken)] == [1, 2, 3, 4, 5]
+    assert metrics_of(broken)[-1]["loss"] == metrics_of(tmp_path / "whole")[-1]["loss"]
+    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +156,13 @@ def test_a_finished_run_can_be_resumed(finished: Path, again: tuple[Path, list[s
         name: second[name] for name in second if name not in changing
     }
     assert not {"resume", "json"} & set((out / "config.yaml").read_text().replace(":", " ").split())
+
+
+def test_a_run_goes_on_with_its_engine(again: tuple[Path, list[str]], capsys: pytest.CaptureFixture) -> None:
+    """The engines keep different states."""
+    assert main([*again[1], "--engine", "reference"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "was run with engine='fused', not 'reference'; resume with the same options" in line
 
 
 @pytest.mark.parametrize("text", ["", "{", "- 1", "lr: [", "\0"])

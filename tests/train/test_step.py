@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+import pytest
 
 import jaxsparse as js
 from jaxsparse.data import batches, encode_rows, load_rows
@@ -19,12 +20,15 @@ def asks_the_host(step: Any, *arguments: Any) -> bool:
     return any(word in program for word in ("callback", "infeed", "outfeed"))
 
 
-def test_the_step_does_not_ask_the_host_or_compile_again(tiny_model: Path, problems: dict[str, Path]) -> None:
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+def test_the_step_does_not_ask_the_host_or_compile_again(
+    engine: str, tiny_model: Path, problems: dict[str, Path]
+) -> None:
     base = load(tiny_model)
     examples = encode_rows(load_rows(problems["train"]), base.tokenizer, "plain", 128)
     data = batches(examples, batch_size=4, max_length=128, buckets=[128])
     loss, method = LanguageModel(base.config).loss, js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=2)
-    tuner = ReferenceTuner(loss, method)
+    tuner = js.fuse(loss, method, has_aux=True) if engine == "fused" else ReferenceTuner(loss, method)
     state = tuner.init(base.params)
     assert not asks_the_host(tuner.step, state, next(data))
     for _ in range(4):
@@ -38,4 +42,4 @@ def test_the_step_does_not_ask_the_host_or_compile_again(tiny_model: Path, probl
         jax.debug.print("{}", value)
         return value, aux
 
-    assert asks_the_host(ReferenceTuner(told, method).step, state, next(data))
+    assert asks_the_host(js.fuse(told, method, has_aux=True).step, state, next(data))
