@@ -26,7 +26,7 @@ from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
 from jaxsparse.engine.spiel_description import Spiel
-from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method
+from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method, step_metrics
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.subspaces.targets import is_masked
 from jaxsparse.subspaces.units import Everything
@@ -152,14 +152,7 @@ class FusedTuner:
             new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
             leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], units, new)
         measured = backward.energies is not None or all(isinstance(t.subspace, Everything) for t in targets)
-        metrics = StepMetrics(
-            loss=backward.loss,
-            tokens=backward.tokens,
-            retention=jnp.where(measured, after.progress.retention, jnp.nan),
-            retention_mean=jnp.where(measured, after.progress.retention_mean, jnp.nan),
-            refreshed=due & finite,
-            skipped=after.progress.skipped,
-        )
+        metrics = step_metrics(backward.loss, backward.tokens, after.progress, due & finite, measures=measured)
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
 
 

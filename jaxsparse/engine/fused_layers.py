@@ -24,7 +24,7 @@ from jaxsparse.engine.layers import Layers, LayersState, layers_engine
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import SubspaceState, advance, carry_over, move_slots
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
-from jaxsparse.engine.tuner import StepMetrics, TunerState
+from jaxsparse.engine.tuner import StepMetrics, TunerState, step_metrics
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.select.schedules import Progress
 from jaxsparse.select.scores import score_dtype
@@ -197,14 +197,7 @@ class FusedLayersTuner:
                 new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
                 at = target.position
                 leaves[at] = commit_slots(target.subspace, target.view, leaves[at], support, new)
-        metrics = StepMetrics(
-            loss=backward.loss,
-            tokens=backward.tokens,
-            retention=after.progress.retention,
-            retention_mean=after.progress.retention_mean,
-            refreshed=drawn.due & finite,
-            skipped=after.progress.skipped,
-        )
+        metrics = step_metrics(backward.loss, backward.tokens, after.progress, drawn.due & finite, measures=False)
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
 
     def _backward(self, params: Any, outside: _Part, drawn: _Part, _: list[Array], due: Array, batch: Any) -> Backward:

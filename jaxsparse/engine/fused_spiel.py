@@ -24,7 +24,7 @@ from jaxsparse.engine.slotted import SlotRule, slotted
 from jaxsparse.engine.spiel import clipped, of_matrices, spiel_engine, state_of
 from jaxsparse.engine.spiel_description import Matrix, Now, Spiel
 from jaxsparse.engine.spiel_slots import Moved, Seen, step
-from jaxsparse.engine.tuner import StepMetrics, TunerState
+from jaxsparse.engine.tuner import StepMetrics, TunerState, step_metrics
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.kernels import gradient_topk, sampled_matmul
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
@@ -135,13 +135,8 @@ class FusedSpielTuner:
             leaves[target.position] = commit_slots(
                 Coordinates(description.budget), target.view, leaves[target.position], moved.index, values
             )
-        metrics = StepMetrics(
-            loss=backward.loss,
-            tokens=backward.tokens,
-            retention=after.progress.retention,
-            retention_mean=after.progress.retention_mean,
-            refreshed=picked & finite,
-            skipped=after.progress.skipped,
+        metrics = step_metrics(
+            backward.loss, backward.tokens, after.progress, picked & finite, measures=backward.energies is not None
         )
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
 

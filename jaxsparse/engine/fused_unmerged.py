@@ -22,7 +22,7 @@ from jaxsparse.engine.micro_batches import mean_gradients
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import SubspaceState, advance, fresh_state, step_slots
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
-from jaxsparse.engine.tuner import StepMetrics, TunerState
+from jaxsparse.engine.tuner import StepMetrics, TunerState, step_metrics
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.kernels import gather_matmul
 from jaxsparse.select.scores import score_dtype
@@ -142,14 +142,7 @@ class FusedUnmergedTuner:
         taken = method._replace(progress=progress, slots=slots, inner=inner)
         skipped = method.progress._replace(skipped=method.progress.skipped + 1)
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
-        metrics = StepMetrics(
-            loss=loss,
-            tokens=tokens,
-            retention=after.progress.retention,
-            retention_mean=after.progress.retention_mean,
-            refreshed=due & finite,
-            skipped=after.progress.skipped,
-        )
+        metrics = step_metrics(loss, tokens, after.progress, due & finite, measures=False)
         return TunerState(params, after), metrics
 
     def _changes(self, places: MatrixPlaces, method: SubspaceState) -> list[Array]:

@@ -33,10 +33,10 @@ def check_fusible(description: Any) -> Description:
             "fused engine has none: pick the support by js.calibrate and give it by js.with_support"
         )
     picks_once = isinstance(description.schedule, Once) or description.given.get("support") is not None
-    if isinstance(description.schedule, Adaptive):
+    if isinstance(description.schedule, Adaptive) and not picks_in_backward(description):
         raise InputError(
-            f"{description.name} picks again when retention falls, and the fused engine measures it only when it "
-            "picks: give a number of steps, or use js.ReferenceTuner"
+            f"{description.name} picks again when retention falls, and the fused engine measures it only where the "
+            "gradient picks: give a number of steps, or use js.ReferenceTuner"
         )
     if description.score.entries is not None and not picks_in_backward(description) and not picks_once:
         raise InputError(

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.engine.micro_batches import mean_gradients
+from jaxsparse.select.schedules import Progress
 
-__all__ = ["ReferenceTuner", "StepMetrics", "Tuner", "TunerState", "check_method"]
+__all__ = ["ReferenceTuner", "StepMetrics", "Tuner", "TunerState", "check_method", "step_metrics"]
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Array]]]
 
@@ -37,8 +38,8 @@ class StepMetrics(NamedTuple):
         tokens: number of target tokens of the batch.
         retention: ||masked g||^2 / ||g||^2 over all targets (GASDU, equation 4). The reference engine measures it at
             every step. The fused engine sees the whole gradient only while it picks by it: between refreshes the last
-            measurement stands, and a method that does not pick by this step's gradient gets NaN, "not measured".
-            Low-rank methods retain 1.
+            measurement stands (with `js.adaptive` an estimate), and a method that does not pick by this step's
+            gradient gets NaN, "not measured". Low-rank methods retain 1.
         retention_mean: the mean of the same ratio over matrices.
         refreshed: whether this step picked a new support.
         skipped: steps left out so far because of a gradient that was not finite.
@@ -50,6 +51,22 @@ class StepMetrics(NamedTuple):
     retention_mean: Float[Array, ""]
     refreshed: Array
     skipped: Int[Array, ""]
+
+
+def step_metrics(
+    loss: Float[Array, ""], tokens: Float[Array, ""], progress: Progress, refreshed: Array, *, measures: bool
+) -> StepMetrics:
+    """Returns what a step of the fused engine reports.
+
+    Args:
+        loss: mean loss of the batch.
+        tokens: target tokens of the batch.
+        progress: after the step.
+        refreshed: whether it picked a support.
+        measures: whether the method's retention is measured at some steps at least.
+    """
+    retention, mean = (jnp.where(measures, share, jnp.nan) for share in (progress.retention, progress.retention_mean))
+    return StepMetrics(loss, tokens, retention, mean, refreshed, progress.skipped)
 
 
 @runtime_checkable

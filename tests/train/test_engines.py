@@ -80,7 +80,8 @@ def test_what_the_fused_engine_sees_before_is_what_the_reference_engine_spends_s
 
 def test_what_the_fused_engine_cannot_run_goes_to_the_reference_engine_and_says_why(rng: np.random.Generator) -> None:
     params, loss, batches = problem(rng)
-    adaptive = js.gasdu(optax.adam(0.01), density=0.2, refresh_every=js.adaptive(0.5), targets=TARGETS)
+    choices: dict[str, Any] = {"subspace": js.subspaces.Neurons(2), "score": js.select.WEIGHT}
+    adaptive = js.subspace_descent(optax.adam(0.01), **choices, schedule=js.adaptive(0.5), targets=TARGETS)
     choice = choose(adaptive, params, loss, batches)
     assert choice.engine == "reference"
     assert choice.notice is not None
