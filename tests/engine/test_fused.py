@@ -1,4 +1,4 @@
-"""The fused engine follows the reference engine: the same supports, the same weights up to rounding."""
+"""What the fused engine promises beside following the reference engine on models (test_fused_models.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,103 +37,30 @@ def reference_tuner(loss: Callable[..., Any], method: Any) -> ReferenceTuner:
     return ReferenceTuner(lambda params, batch: (loss(params, batch), {"tokens": jnp.ones(())}), method)
 
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("gasdu", {"density": 0.1, "refresh_every": 3}),
-    ("gasdu", {"density": 0.1, "refresh_every": 3, "carry": "coordinate"}),
-    ("gasdu", {"density": 0.1, "refresh_every": 3, "carry": "reset"}),
-    ("fixed_mask", {"density": 0.1}),
-    ("neuroada", {"k": 2}),
-    ("neuroada", {"k": 2, "neurons": 0.5, "select": "random"}),
-    ("shira", {"rank": 1}),
-    ("super_tuning", {"density": 0.1, "which": "smallest"}),
-    ("cla", {"rank": 2}),
-    ("r_cla", {"rank": 2}),
-    ("c3la", {"rank": 2, "chain_every": 3}),
-    ("r_c3la", {"rank": 2, "chain_every": 3}),
-    ("paca", {"rank": 2}),
-    ("d_paca", {"rank": 2}),
-    ("c_paca", {"rank": 2, "chain_every": 3}),
-    ("full", {}),
-]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("fixed_mask", {"density": 0.1}), ("neuroada", {"k": 1}), ("paca", {"rank": 2})],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_narrow_weights_move_as_wide_ones_do(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+    """A thousand steps far below an ulp add up to what float32 weights move by; without masters they are nothing."""
+    start = jnp.asarray(rng.uniform(0.02, 0.03, size=(6, 5)) * rng.choice([-1, 1], size=(6, 5)), jnp.bfloat16)
+    x = jnp.asarray(rng.choice([-1, 1], size=(1, 6)), jnp.bfloat16)
 
+    def after_a_thousand_steps(weights: jax.Array, slots_dtype: str | None) -> np.ndarray:
+        method = getattr(js, name)(optax.sgd(1e-5), targets="w", slots_dtype=slots_dtype, **options)
+        tuner = js.fuse(lambda params, x: jnp.sum(x.astype(params["w"].dtype) @ params["w"]), method)
+        run = jax.jit(lambda state: jax.lax.fori_loop(0, 1000, lambda _, state: tuner.step(state, x)[0], state))
+        return np.float32(run(tuner.init({"w": weights})).params["w"])
 
-@pytest.mark.parametrize(("name", "options"), METHODS, ids=lambda value: value if isinstance(value, str) else None)
-def test_follows_the_reference_engine(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
-    with jax.enable_x64(True):
-        params, loss, batches = problem(rng, jnp.float64)
-        method = getattr(js, name)(optax.adam(0.02), targets=TARGETS, seed=3, **options)
-        reference = reference_tuner(loss, method)
-        fused = js.fuse(loss, method)
-        expected, found = reference.init(params), fused.init(params)
-        for batch in batches:
-            expected, told = reference.step(expected, batch)
-            found, metrics = fused.step(found, batch)
-            np.testing.assert_allclose(metrics.loss, told.loss, rtol=1e-10)
-            assert bool(metrics.refreshed) == bool(told.refreshed)
-            jax.tree.map(np.testing.assert_array_equal, found.method.support, expected.method.support)
-            if told.refreshed and "gasdu" in name:
-                np.testing.assert_allclose(metrics.retention, told.retention, rtol=1e-6)
-                np.testing.assert_allclose(metrics.retention_mean, told.retention_mean, rtol=1e-6)
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)  # noqa: E731
-        jax.tree.map(close, found.params, expected.params)
-        jax.tree.map(close, found.method.inner, expected.method.inner)
-
-
-LOW_RANK: list[tuple[str, dict[str, Any]]] = [
-    ("lora_plus", {}),
-    ("asym_lora", {}),
-    ("cola", {"chain_every": 3}),
-    ("rac_lora", {"chain_every": 3}),
-    ("dora", {}),
-    ("lora_ga", {"gradients": True}),
-    ("lora_one", {"gradients": True}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), LOW_RANK, ids=lambda value: value if isinstance(value, str) else None)
-def test_low_rank_overlays_follow_the_reference_engine(
-    name: str, options: dict[str, Any], rng: np.random.Generator
-) -> None:
-    with jax.enable_x64(True):
-        params, loss, batches = problem(rng, jnp.float64)
-        if "gradients" in options:
-            options = {"gradients": js.collect_gradients(loss, params, [batches[-1]], TARGETS)}
-        method = getattr(js, name)(optax.adam(0.02), rank=2, targets=TARGETS, seed=3, **options)
-        reference = reference_tuner(loss, method)
-        fused = js.fuse(loss, method)
-        expected, found = reference.init(params), fused.init(params)
-        if name == "lora_one":  # there the first step only adds the product
-            expected, _ = reference.step(expected, batches[0])
-        frozen = jax.tree.map(np.asarray, found.params)
-        for batch in batches:
-            expected, told = reference.step(expected, batch)
-            found, metrics = fused.step(found, batch)
-            np.testing.assert_allclose(metrics.loss, told.loss, rtol=1e-9)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11), fused.params(found), expected.params
-        )
-        if "chain_every" not in options:  # the weights move only when a chain ends
-            jax.tree.map(np.testing.assert_array_equal, found.params, frozen)
-
-
-@pytest.mark.parametrize("name", ["gasdu", "neuroada", "paca"])
-def test_narrow_weights_move_by_their_masters(name: str, rng: np.random.Generator) -> None:
-    """Steps far below an ulp add up, and without masters they do not."""
-    options: dict[str, Any] = {"gasdu": {"density": 0.1}, "neuroada": {"k": 1}, "paca": {"rank": 2}}[name]
-    params = {"w": jnp.asarray(rng.uniform(0.5, 1.0, size=(6, 5)), jnp.bfloat16)}
-    x = jnp.ones((1, 6), jnp.bfloat16)
-    moved = {}
-    for slots_dtype in ("promote", None):
-        method = getattr(js, name)(optax.sgd(1e-4), targets="w", slots_dtype=slots_dtype, **options)
-        tuner = js.fuse(lambda p, x: jnp.sum(x @ p["w"]), method)
-        state = tuner.init(params)
-        for _ in range(200):
-            state, _ = tuner.step(state, x)
-        moved[slots_dtype] = np.float32(params["w"]) - np.float32(state.params["w"])
-    free = moved["promote"] != 0
-    assert free.any()
-    np.testing.assert_allclose(moved["promote"][free], 0.02, atol=2**-8)
-    assert not moved[None].any()
+    wide = after_a_thousand_steps(start.astype(jnp.float32), "promote")
+    narrow = after_a_thousand_steps(start, "promote")
+    free = wide != np.float32(start)
+    assert 0 < free.sum() < free.size
+    np.testing.assert_allclose(np.abs(wide - np.float32(start))[free], 0.01, rtol=1e-3)
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(wide))) - 7)
+    assert (np.abs(narrow - wide) <= ulp).all()
+    np.testing.assert_array_equal(after_a_thousand_steps(start, None), np.float32(start))
 
 
 def test_accumulation_is_the_mean_over_micro_batches(rng: np.random.Generator) -> None:
@@ -248,36 +175,16 @@ def test_what_runs_in_the_reference_engine_only_says_so() -> None:
         tuner.init({"w": jnp.ones((3, 4))})
 
 
-CALIBRATED: list[tuple[str, dict[str, Any]]] = [
-    ("gallop", {"density": 0.1}),
-    ("smt", {"blocks": 5, "size": 5, "calibration_steps": 1}),
-    (
-        "s2ft",
-        {
-            "output": None,
-            "down": None,
-            "score": "gradient",
-            "targets": [
-                js.Target("layers/.*", stack_axes=(0,), subspace=js.subspaces.Slices(1, group=2)),
-                js.Target("head", subspace=js.subspaces.Slices(2, axis="output")),
-            ],
-        },
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), CALIBRATED, ids=lambda value: value if isinstance(value, str) else None)
-def test_calibrated_supports_are_trained_as_by_the_reference_engine(
-    name: str, options: dict[str, Any], rng: np.random.Generator
-) -> None:
-    """Units that compete over all matrices leave some of them with fewer slots than others."""
+def test_calibrated_slices_are_trained_as_by_the_reference_engine(rng: np.random.Generator) -> None:
+    """Groups of input slices, and output slices."""
     params, loss, batches = problem(rng)
-    method = getattr(js, name)(optax.adam(0.02), **{"targets": TARGETS, **options})
+    targets = [
+        js.Target("layers/.*", stack_axes=(0,), subspace=js.subspaces.Slices(1, group=2)),
+        js.Target("head", subspace=js.subspaces.Slices(2, axis="output")),
+    ]
+    method = js.s2ft(optax.adam(0.02), output=None, down=None, score="gradient", targets=targets)
     method = js.with_support(method, js.calibrate(loss, params, batches[:1], method))
-    reference, fused = (
-        reference_tuner(loss, method),
-        js.fuse(loss, method),
-    )
+    reference, fused = reference_tuner(loss, method), js.fuse(loss, method)
     expected, found = reference.init(params), fused.init(params)
     for batch in batches[1:5]:
         expected, _ = reference.step(expected, batch)
