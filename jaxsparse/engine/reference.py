@@ -276,7 +276,7 @@ def move_slots(
     steps, inner = step_slots(description, state, slot_gradients, seen, extra_args)
     slots = jax.tree.map(jnp.add, state.slots, steps) if description.sees == "change" else state.slots
     if description.unmerged:  # the weights are to say what the slots say, however much of a step those round away
-        steps = jax.tree.map(lambda new, old, x: new.astype(x.dtype) - old.astype(x.dtype), slots, state.slots, wide)
+        steps = jax.tree.map(lambda new, old, x: _as_kept(new, x) - old.astype(x.dtype), slots, state.slots, wide)
     changes = jax.tree.map(lambda step, x: (step * description.scale).astype(x.dtype), steps, wide)
     new_master = jax.tree.map(
         lambda old, m, change: old if is_masked(old) else m + change, state.master, master, changes, is_leaf=is_masked
@@ -288,6 +288,12 @@ def move_slots(
         is_leaf=is_masked,
     )
     return moves, slots, new_master, inner
+
+
+def _as_kept(slots: Array, like: Array) -> Array:
+    """Slots in a wider dtype as they are once rounded to their own; XLA may drop a cast there and back."""
+    kept = jnp.finfo(slots.dtype)
+    return jax.lax.reduce_precision(slots.astype(like.dtype), kept.nexp, kept.nmant)
 
 
 def step_slots(
