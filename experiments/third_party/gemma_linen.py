@@ -19,8 +19,8 @@ MODEL = transformer.Transformer(CONFIG)
 
 # Kernels as Gemma lays them out: q (heads, in, width), k and v (2, heads, in, width), output (heads, width, out).
 METHOD = js.gasdu(
-    optax.adam(3e-3),
-    density=0.02,
+    optax.adam(1e-2),
+    density=0.05,
     refresh_every=3,
     targets=[
         js.Target(r".*attn/q_einsum/w", in_axes=(1,)),
