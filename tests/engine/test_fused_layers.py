@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import jaxsparse as js
+from tests.engine.buffers import large_buffers
 from tests.engine.test_fused import reference_tuner
-from tests.engine.test_fused_memory import large_buffers
 
 LAYERS, STEPS = 3, 8
 
