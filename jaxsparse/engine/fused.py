@@ -84,8 +84,8 @@ class FusedTuner:
     """Trains a model by a method; made by `js.fuse`.
 
     `step` is one jitted function that donates its state: keep no reference to an old state. It serves steps that pick a
-    support and steps that do not: the choice lies inside the backward rule of each product, so that a plain step pays
-    for a branch that it does not take, and nothing is compiled twice.
+    support and steps that do not: the choice lies inside the backward rule of each product, so that a plain step does
+    not run what picks, and costs what forward and backward cost (experiments/step_cost.py). Nothing is compiled twice.
 
     Retentions are measured on steps that pick by the gradient, exactly. Between them the last ones stand, or with
     `js.adaptive` they are estimated from unbiased sketches of the gradients' norms. They are those of the first
