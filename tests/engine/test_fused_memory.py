@@ -46,7 +46,11 @@ def floor(model: LanguageModel, batch: Batch) -> Any:
         return model.loss({**params, "layers": layers}, batch)[0]
 
     params = model.abstract()
-    return jax.jit(jax.grad(step, argnums=1)).lower(params, params["layers"]["input_layernorm"]["scale"]).compile(AS_USERS_HAVE_IT)
+    return (
+        jax.jit(jax.grad(step, argnums=1))
+        .lower(params, params["layers"]["input_layernorm"]["scale"])
+        .compile(AS_USERS_HAVE_IT)
+    )
 
 
 METHODS: dict[str, Callable[[], Any]] = {
