@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxsparse.engine.slotted import INPUT, SlotRule
 from jaxsparse.kernels import gradient_topk, sampled_matmul, sketched_energy
-from jaxsparse.select.scores import Entries, Score
+from jaxsparse.select.scores import GRADIENT, Entries, Score
 from jaxsparse.subspaces.units import Slices
 
 __all__ = ["BlockSlots", "EntrySlots", "PickedSlots", "SliceSlots"]
@@ -120,7 +120,8 @@ class PickedSlots(SlotRule):
         return {**dict.fromkeys(slots), "probe": probe}
 
     def _picked(self, support: Array, slots: Any, left: Array, right: Array) -> Any:
-        best = gradient_topk(left, right, support.shape[0], score=self._tile_score(slots))
+        score = None if self.score == GRADIENT else self._tile_score(slots)
+        best = gradient_topk(left, right, support.shape[0], score=score)
         return _as_probe(slots["probe"], best.values, best.rows, best.columns, best.squared_norm)
 
     def _sampled(self, support: Array, slots: Any, left: Array, right: Array) -> Any:

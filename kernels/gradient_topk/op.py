@@ -1,9 +1,12 @@
 """The k largest entries of x.T @ dy."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
+from jaxsparse.kernels.gradient_topk.pallas_gpu import gradient_topk_gpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
+from jaxsparse.kernels.launch import Implementation, run
 from jaxtyping import Array, Float
 
 __all__ = ["GradientTopK", "gradient_topk"]
@@ -18,7 +21,8 @@ def gradient_topk(
     dy: Float[Array, "tokens outputs"],
     k: int,
     *,
-    score: Callable[[Array, Array], Array] = _magnitude,
+    score: Callable[[Array, Array], Array] | None = None,
+    implementation: Implementation = None,
 ) -> GradientTopK:
     """Returns the k entries of x.T @ dy that are largest in magnitude; the product never exists as a whole.
 
@@ -29,12 +33,13 @@ def gradient_topk(
         dy: cotangents of the outputs, of the same tokens.
         k: how many, between 1 and inputs * outputs.
         score: what is largest instead: from a tile (rows, outputs) of the product and its first row to scores.
+        implementation: "xla"; "pallas", without `score` and up to float32; or None for what is best on the device.
 
     Returns:
         Rows, columns and values in promote_types(x and dy, float32), best first, and the sum of squares of all entries.
 
     Raises:
-        ValueError: shapes do not fit, or k is out of range.
+        ValueError: shapes do not fit, k is out of range, or the implementation cannot take the arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,4 +51,16 @@ def gradient_topk(
         raise ValueError(f"x and dy must have the same tokens, got shapes {x.shape} and {dy.shape}")
     if not 1 <= k <= x.shape[1] * dy.shape[1]:
         raise ValueError(f"k must lie between 1 and {x.shape[1]} * {dy.shape[1]}, got {k}")
-    return gradient_topk_reference(x, dy, k, score)
+    if score is not None:
+        reason = "a score of your own"
+    elif jnp.promote_types(x.dtype, dy.dtype).itemsize > 4:
+        reason = f"x and dy of {x.dtype} and {dy.dtype}"
+    else:
+        reason = None
+    return run(
+        implementation,
+        (x, dy),
+        xla=partial(gradient_topk_reference, k=k, score=score or _magnitude),
+        gpu=partial(gradient_topk_gpu, k=k),
+        reason=reason,
+    )

@@ -1,0 +1,112 @@
+"""Running Pallas kernels: the one place that knows which compiler takes them, and which implementation an op takes."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import ManualAxisType
+
+# JAX says so since 0.11, when it lowers. Mosaic GPU, which it names instead, has no cumsum, argmax or gather and no refs
+# indexed by arrays, which these kernels need: they stay with Triton until it has. Every op has an XLA route beside them.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+__all__ = ["Implementation", "alike", "run", "triton_call"]
+
+Implementation = Literal["xla", "pallas"] | None
+"""Plain XLA, a Pallas kernel, or whichever is best where the program runs."""
+
+
+def run(
+    implementation: Implementation,
+    arguments: Sequence[jax.Array],
+    *,
+    xla: Callable[..., Any],
+    gpu: Callable[..., Any] | None = None,
+    tpu: Callable[..., Any] | None = None,
+    reason: str | None = None,
+) -> Any:
+    """Calls the implementation of an op that was asked for, or the one that is best where the program runs.
+
+    The kernels take `interpret`, which is set where neither a GPU nor a TPU is: "pallas" works everywhere, slowly.
+
+    Args:
+        implementation: what was asked for.
+        arguments: arrays.
+        xla: plain XLA.
+        gpu: a kernel for NVIDIA GPUs.
+        tpu: a kernel for TPUs.
+        reason: why no kernel can take these arguments, if none can.
+
+    Returns:
+        What they return.
+
+    Raises:
+        ValueError: the implementation is unknown, or there is no kernel for these arguments.
+    """
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be None, 'xla' or 'pallas', got {implementation!r}")
+    if implementation == "pallas" and reason:
+        raise ValueError(f"implementation='pallas' cannot take this: {reason}; try implementation='xla'")
+    if implementation == "xla" or reason:
+        return xla(*arguments)
+    routes = {}
+    if gpu is not None:
+        routes["cuda"] = partial(gpu, interpret=False)
+    if tpu is not None:
+        routes["tpu"] = partial(tpu, interpret=False)
+    default = xla
+    if implementation == "pallas":
+        assert gpu is not None
+        default = partial(gpu, interpret=True)
+    return jax.lax.platform_dependent(*arguments, **routes, default=default)
+
+
+def triton_call(
+    kernel: Callable[..., None],
+    arrays: Sequence[jax.Array],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    interpret: bool,
+    warps: int = 4,
+    stages: int = 2,
+    aliases: dict[int, int] | None = None,
+) -> list[jax.Array]:
+    """Runs a kernel on a GPU, compiled by Triton.
+
+    Args:
+        kernel: of refs, each a whole array, those of the results last.
+        arrays: arguments.
+        name: the kernel's, in profiles.
+        grid: numbers of programs.
+        results: shapes and dtypes.
+        interpret: run it as plain JAX, on any device.
+        warps: of a program.
+        stages: how deeply loops over memory are pipelined.
+        aliases: results that take an argument's memory, {number of the argument: number of the result}.
+    """
+    arrays, axes = alike(arrays)
+    kind = ManualAxisType(varying=axes)
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in results],
+        interpret=interpret,
+        input_output_aliases=aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+    )
+    return call(*arrays)
+
+
+def alike(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], frozenset[str]]:
+    """Inside `shard_map`: the arrays, each made to vary over all mesh axes over which any does, and those axes."""
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset[str]().union(*varying)
+    pairs = zip(arrays, varying, strict=True)
+    return [jax.lax.pcast(a, tuple(sorted(axes - own)), to="varying") if axes - own else a for a, own in pairs], axes
