@@ -1,29 +1,17 @@
 """The k largest of many numbers from the few largest of every tile: exact, and told apart where a tile had more."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.pick import Best
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-__all__ = ["Best", "candidates_of_tile", "largest_of_tiles"]
+__all__ = ["candidates_of_tile", "largest_of_tiles"]
 
 FEWEST = 16
 """So many candidates of a tile at least: where the answer lies is uneven."""
-
-
-class Best(NamedTuple):
-    """Entries that may be among the largest.
-
-    Attributes:
-        values: the entries.
-        index: where they are, -1 for none.
-    """
-
-    values: Float[Array, "..."]
-    index: Int[Array, "..."]
 
 
 def candidates_of_tile(k: int, tiles: int, size: int) -> int:
@@ -39,7 +27,12 @@ def candidates_of_tile(k: int, tiles: int, size: int) -> int:
 
 
 def largest_of_tiles(
-    candidates: Best, best_of: Callable[[Int[Array, " n"], int], Best], *, size: int, k: int
+    candidates: Best,
+    best_of: Callable[[Int[Array, " n"], int], Best],
+    choose: Callable[[Best, int], Best],
+    *,
+    size: int,
+    k: int,
 ) -> Best:
     """Returns the k largest entries in magnitude, best first, ties to the lowest index.
 
@@ -49,11 +42,12 @@ def largest_of_tiles(
     Args:
         candidates: the largest entries of every tile, (tiles, count); ties went to the lowest index.
         best_of: from numbers of tiles and a count to the like of some tiles; to none for tiles beyond the last.
+        choose: the best of some entries, best first: `by_sorting`, or what is faster.
         size: entries of a tile, a power of 2.
         k: how many entries.
     """
     tiles, count = candidates.index.shape
-    first = _ranked(candidates, k)
+    first = choose(_at_least(k, candidates), k)
     again = min(tiles, k // count)
     if count == size or again == 0:
         return first
@@ -63,31 +57,24 @@ def largest_of_tiles(
         numbers = jnp.nonzero(has_more, size=again, fill_value=tiles)[0].astype(jnp.int32)
         more = best_of(numbers, min(size, _power_of_2(k)))
         kept = candidates._replace(index=jnp.where(has_more[:, None], IS_NONE, candidates.index))
-        return _ranked(Best(*(jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))), k)
+        both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
+        return choose(_at_least(k, Best(*both)), k)
 
     return jax.lax.cond(jnp.any(has_more), second, lambda: first)
 
 
-def _ranked(entries: Best, k: int) -> Best:
-    """The k largest, best first."""
+def _at_least(k: int, entries: Best) -> Best:
+    """The entries in a row, with as many that are none as k of them take."""
     values, index = entries.values.reshape(-1), entries.index.reshape(-1)
     missing = max(0, k - index.shape[0])
-    values, index = jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE)
-    # Two keys: the best first, then the lowest index.
-    _, index, values = jax.lax.sort((-_keys(values, index), index, values), num_keys=2)
-    return Best(values[:k], index[:k])
+    return Best(jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE))
 
 
 def _all_chosen(candidates: Best, chosen: Best) -> Bool[Array, " tiles"]:
     """Tiles of which every candidate was chosen, and that may have had more."""
-    key, index = _keys(*candidates), candidates.index
-    last_key, last_index = _keys(*chosen)[-1], chosen.index[-1]
-    is_chosen = (key > last_key) | ((key == last_key) & (index <= last_index))
-    return jnp.all(is_chosen & (index >= 0), axis=-1)
-
-
-def _keys(values: Array, index: Array) -> Array:
-    return jnp.where(index >= 0, magnitude_keys(values), IS_NONE)
+    key, last = magnitude_keys(candidates.values), magnitude_keys(chosen.values[-1])
+    is_chosen = (key > last) | ((key == last) & (candidates.index <= chosen.index[-1])) | (chosen.index[-1] < 0)
+    return jnp.all(is_chosen & (candidates.index >= 0), axis=-1)
 
 
 def _power_of_2(number: int) -> int:

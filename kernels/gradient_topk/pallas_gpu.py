@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK
 from jaxsparse.kernels.launch import triton_call
-from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
+from jaxsparse.kernels.merge import candidates_of_tile, largest_of_tiles
+from jaxsparse.kernels.pick import Best, by_picking
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
 from jaxtyping import Array, Float, Int
 
@@ -72,7 +73,8 @@ def gradient_topk_gpu(
         return Best(values, index), energy
 
     candidates, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count)
-    best = largest_of_tiles(candidates, lambda tiles, count: best_of(tiles, count)[0], size=size, k=k)
+    choose = partial(by_picking, interpret=interpret)
+    best = largest_of_tiles(candidates, lambda tiles, count: best_of(tiles, count)[0], choose, size=size, k=k)
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
 
 
