@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 
-# JAX says so since 0.11, when it lowers. Mosaic GPU, which it names instead, has no cumsum, argmax or gather and no refs
-# indexed by arrays, which these kernels need: they stay with Triton until it has. Every op has an XLA route beside them.
+# JAX says so since 0.11, when it lowers. Mosaic GPU, which it names instead, has no cumsum, argmax or gather and no
+# refs indexed by arrays, which these kernels need: they stay with Triton until it has. Every op has an XLA route too.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 __all__ = ["Implementation", "alike", "run", "triton_call"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.pick import Best
+from jaxsparse.kernels.pick import Best, by_sorting
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Bool, Int
 
@@ -42,7 +42,7 @@ def largest_of_tiles(
     Args:
         candidates: the largest entries of every tile, (tiles, count); ties went to the lowest index.
         best_of: from numbers of tiles and a count to the like of some tiles; to none for tiles beyond the last.
-        choose: the best of some entries, best first: `by_sorting`, or what is faster.
+        choose: the best of some entries, in any order: `by_sorting`, or what is faster.
         size: entries of a tile, a power of 2.
         k: how many entries.
     """
@@ -50,7 +50,7 @@ def largest_of_tiles(
     first = choose(_at_least(k, candidates), k)
     again = min(tiles, k // count)
     if count == size or again == 0:
-        return first
+        return by_sorting(first, k)
     has_more = _all_chosen(candidates, first)
 
     def second() -> Best:
@@ -60,7 +60,7 @@ def largest_of_tiles(
         both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
         return choose(_at_least(k, Best(*both)), k)
 
-    return jax.lax.cond(jnp.any(has_more), second, lambda: first)
+    return by_sorting(jax.lax.cond(jnp.any(has_more), second, lambda: first), k)
 
 
 def _at_least(k: int, entries: Best) -> Best:
@@ -72,9 +72,15 @@ def _at_least(k: int, entries: Best) -> Best:
 
 def _all_chosen(candidates: Best, chosen: Best) -> Bool[Array, " tiles"]:
     """Tiles of which every candidate was chosen, and that may have had more."""
-    key, last = magnitude_keys(candidates.values), magnitude_keys(chosen.values[-1])
-    is_chosen = (key > last) | ((key == last) & (candidates.index <= chosen.index[-1])) | (chosen.index[-1] < 0)
+    key, chosen_key = _keys(candidates), _keys(chosen)
+    last_key = jnp.min(chosen_key)
+    last_index = jnp.max(jnp.where(chosen_key == last_key, chosen.index, -1))
+    is_chosen = (key > last_key) | ((key == last_key) & (candidates.index <= last_index))
     return jnp.all(is_chosen & (candidates.index >= 0), axis=-1)
+
+
+def _keys(entries: Best) -> Int[Array, "..."]:
+    return jnp.where(entries.index >= 0, magnitude_keys(entries.values), IS_NONE)
 
 
 def _power_of_2(number: int) -> int:

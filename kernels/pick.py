@@ -1,4 +1,4 @@
-"""The k largest of a moderate number of entries, by one program of a GPU; nothing is sorted but the answer."""
+"""The k largest of a moderate number of entries, by one program of a GPU, where sorting is slow."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ def by_sorting(entries: Best, k: int) -> Best:
 
 
 def by_picking(entries: Best, k: int, *, interpret: bool) -> Best:
-    """The same on a GPU, where sorting many entries is slow, and slow to compile.
+    """Returns the k entries that are largest in magnitude, in the order of the entries; ties go to the lowest index.
 
     Args:
         entries: at least k.
@@ -51,16 +51,17 @@ def by_picking(entries: Best, k: int, *, interpret: bool) -> Best:
         interpret: run it as plain JAX.
     """
     values, index = entries.values.reshape(-1), entries.index.reshape(-1)
-    picked = triton_call(
-        partial(_kernel, size=index.shape[0], k=k),
-        (values, index),
-        name="pick",
-        grid=(1,),
-        results=(((k,), values.dtype), ((k,), index.dtype)),
-        interpret=interpret,
-        warps=16,
+    return Best(
+        *triton_call(
+            partial(_kernel, size=index.shape[0], k=k),
+            (values, index),
+            name="pick",
+            grid=(1,),
+            results=(((k,), values.dtype), ((k,), index.dtype)),
+            interpret=interpret,
+            warps=16,
+        )
     )
-    return by_sorting(Best(*picked), k)
 
 
 def _kernel(values: Any, index: Any, best_values: Any, best_index: Any, *, size: int, k: int) -> None:

@@ -34,9 +34,7 @@ def magnitude_keys(values: Float[Array, "..."]) -> Int[Array, "..."]:
     return jnp.minimum(bits & 0x7FFF_FFFF, LARGEST_NUMBER + 1)
 
 
-def places_among_largest(
-    keys: Int[Array, "*shape"], count: int
-) -> tuple[Bool[Array, "*shape"], Int[Array, "*shape"]]:
+def places_among_largest(keys: Int[Array, "*shape"], count: int) -> tuple[Bool[Array, "*shape"], Int[Array, "*shape"]]:
     """Returns which are the largest keys, exactly `count` of them, and where each of these goes if they are packed.
 
     Ties go to the first. Reads the keys up to 31 times, so that they should be in registers.

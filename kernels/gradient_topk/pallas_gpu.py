@@ -115,7 +115,16 @@ def best_of_tiles(
 
 
 def _kernel(
-    x: Any, dy: Any, tiles: Any, values: Any, index: Any, energy: Any, *, count: int, cut: Tiling, sizes: tuple[int, ...]
+    x: Any,
+    dy: Any,
+    tiles: Any,
+    values: Any,
+    index: Any,
+    energy: Any,
+    *,
+    count: int,
+    cut: Tiling,
+    sizes: tuple[int, ...],
 ) -> None:
     tokens, inputs, outputs = sizes
     program = pl.program_id(0)
