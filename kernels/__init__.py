@@ -3,6 +3,8 @@
 An op is a folder: `reference.py` is plain XLA, `op.py` checks arguments and chooses an implementation.
 """
 
+from jaxsparse.kernels.block_topk.op import TopK as TopK
+from jaxsparse.kernels.block_topk.op import block_topk as block_topk
 from jaxsparse.kernels.gather_matmul.op import gather_matmul as gather_matmul
 from jaxsparse.kernels.gradient_topk.op import GradientTopK as GradientTopK
 from jaxsparse.kernels.gradient_topk.op import gradient_topk as gradient_topk

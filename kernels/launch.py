@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -16,8 +16,8 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 
 __all__ = ["Implementation", "alike", "run", "triton_call"]
 
-Implementation = Literal["xla", "pallas"] | None
-"""Plain XLA, a Pallas kernel, or whichever is best where the program runs."""
+Implementation = str | None
+""""xla": plain XLA; "pallas": a Pallas kernel; None: whichever is best where the program runs."""
 
 
 def run(
@@ -101,7 +101,7 @@ def triton_call(
         input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
     )
-    return call(*arrays)
+    return list(call(*arrays))
 
 
 def alike(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], frozenset[str]]:

@@ -1,5 +1,6 @@
 """The k largest of a moderate number of entries, by one program of a GPU, where sorting is slow."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jaxsparse.kernels.launch import triton_call
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Best", "by_picking", "by_sorting"]
+__all__ = ["Best", "by_picking", "by_sorting", "largest_that"]
 
 CHUNK = 8192
 """So many entries are looked at at a time."""
@@ -80,10 +81,10 @@ def _kernel(values: Any, index: Any, best_values: Any, best_index: Any, *, size:
         return jax.lax.fori_loop(0, pl.cdiv(size, CHUNK), add, jnp.int32(0))
 
     # The k-th largest key, and then the highest index with which it is taken.
-    key = _largest(lambda least: count(lambda keys, _: keys >= least) >= k)
+    key = largest_that(lambda least: count(lambda keys, _: keys >= least) >= k)
     key = jnp.where(count(lambda keys, _: keys >= 0) >= k, key, IS_NONE)
     room = k - count(lambda keys, _: keys > key)
-    last = _largest(lambda most: count(lambda keys, where: (keys == key) & (where < most)) < room)
+    last = largest_that(lambda most: count(lambda keys, where: (keys == key) & (where < most)) < room)
 
     def store(number: Array, stored: Array) -> Array:
         keys, where, found = chunk(number)
@@ -99,11 +100,16 @@ def _kernel(values: Any, index: Any, best_values: Any, best_index: Any, *, size:
     jax.lax.fori_loop(0, pl.cdiv(size, CHUNK), store, jnp.int32(0))
 
 
-def _largest(holds: Any) -> Array:
-    """The largest non-negative integer for which a condition holds that holds for 0 and ends once."""
+def largest_that(holds: Callable[[Array], Array], shape: tuple[int, ...] = ()) -> Int[Array, "..."]:
+    """Returns the largest non-negative integers for which a condition holds that holds for 0 and, from some on, never.
+
+    Args:
+        holds: the condition, of integers of this shape, each by itself.
+        shape: of the result.
+    """
 
     def lower_bit(number: Array, found: Array) -> Array:
         higher = found | (jnp.int32(1) << (30 - number))
         return jnp.where(holds(higher), higher, found)
 
-    return jax.lax.fori_loop(0, 31, lower_bit, jnp.int32(0))
+    return jax.lax.fori_loop(0, 31, lower_bit, jnp.zeros(shape, jnp.int32))

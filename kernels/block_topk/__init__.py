@@ -1,0 +1,1 @@
+"""The k entries of an array that are largest in magnitude."""
