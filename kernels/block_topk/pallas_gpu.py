@@ -30,7 +30,7 @@ class Blocks:
     """
 
     size: int = 4096
-    rows: int = 128
+    rows: int = 64
     columns: int = 32
     warps: int = 4
 
