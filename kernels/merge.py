@@ -1,17 +1,29 @@
 """The k largest of many numbers from the few largest of every tile: exact, and told apart where a tile had more."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.pick import Best, by_sorting
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["candidates_of_tile", "largest_of_tiles"]
+__all__ = ["Best", "candidates_of_tile", "largest_of_tiles"]
 
 FEWEST = 16
 """So many candidates of a tile at least: where the answer lies is uneven."""
+
+
+class Best(NamedTuple):
+    """Entries that may be among the largest.
+
+    Attributes:
+        values: the entries.
+        index: where they are, -1 for none.
+    """
+
+    values: Float[Array, "..."]
+    index: Int[Array, "..."]
 
 
 def candidates_of_tile(k: int, tiles: int, size: int) -> int:
@@ -29,7 +41,6 @@ def candidates_of_tile(k: int, tiles: int, size: int) -> int:
 def largest_of_tiles(
     candidates: Best,
     best_of: Callable[[Int[Array, " n"], int], Best],
-    choose: Callable[[Best, int], Best],
     *,
     size: int,
     k: int,
@@ -42,15 +53,14 @@ def largest_of_tiles(
     Args:
         candidates: the largest entries of every tile, (tiles, count); ties went to the lowest index.
         best_of: from numbers of tiles and a count to the like of some tiles; to none for tiles beyond the last.
-        choose: the best of some entries, in any order: `by_sorting`, or what is faster.
         size: entries of a tile, a power of 2.
         k: how many entries.
     """
     tiles, count = candidates.index.shape
-    first = choose(_at_least(k, candidates), k)
+    first = _largest(candidates, k)
     again = min(tiles, k // count)
     if count == size or again == 0:
-        return by_sorting(first, k)
+        return first
     has_more = _all_chosen(candidates, first)
 
     def second() -> Best:
@@ -58,29 +68,26 @@ def largest_of_tiles(
         more = best_of(numbers, min(size, _power_of_2(k)))
         kept = candidates._replace(index=jnp.where(has_more[:, None], IS_NONE, candidates.index))
         both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
-        return choose(_at_least(k, Best(*both)), k)
+        return _largest(Best(*both), k)
 
-    return by_sorting(jax.lax.cond(jnp.any(has_more), second, lambda: first), k)
+    return jax.lax.cond(jnp.any(has_more), second, lambda: first)
 
 
-def _at_least(k: int, entries: Best) -> Best:
-    """The entries in a row, with as many that are none as k of them take."""
+def _largest(entries: Best, k: int) -> Best:
+    """The k largest, best first. Candidates are few: to sort them took less time on a GPU than any other way tried."""
     values, index = entries.values.reshape(-1), entries.index.reshape(-1)
     missing = max(0, k - index.shape[0])
-    return Best(jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE))
+    values, index = jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE)
+    keys = jnp.where(index >= 0, magnitude_keys(values), IS_NONE)
+    _, index, values = jax.lax.sort((-keys, index, values), num_keys=2)
+    return Best(values[:k], index[:k])
 
 
 def _all_chosen(candidates: Best, chosen: Best) -> Bool[Array, " tiles"]:
     """Tiles of which every candidate was chosen, and that may have had more."""
-    key, chosen_key = _keys(candidates), _keys(chosen)
-    last_key = jnp.min(chosen_key)
-    last_index = jnp.max(jnp.where(chosen_key == last_key, chosen.index, -1))
-    is_chosen = (key > last_key) | ((key == last_key) & (candidates.index <= last_index))
+    key, last = magnitude_keys(candidates.values), magnitude_keys(chosen.values[-1])
+    is_chosen = (key > last) | ((key == last) & (candidates.index <= chosen.index[-1])) | (chosen.index[-1] < 0)
     return jnp.all(is_chosen & (candidates.index >= 0), axis=-1)
-
-
-def _keys(entries: Best) -> Int[Array, "..."]:
-    return jnp.where(entries.index >= 0, magnitude_keys(entries.values), IS_NONE)
 
 
 def _power_of_2(number: int) -> int:

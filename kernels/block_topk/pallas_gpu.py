@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxsparse.kernels.block_topk.reference import TopK
 from jaxsparse.kernels.launch import triton_call
-from jaxsparse.kernels.merge import candidates_of_tile, largest_of_tiles
-from jaxsparse.kernels.pick import Best, by_picking, largest_that
+from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
 from jaxtyping import Array, Float, Int
 
@@ -29,7 +28,7 @@ class Blocks:
         warps: of a program.
     """
 
-    size: int = 4096
+    size: int = 2048
     rows: int = 64
     columns: int = 32
     warps: int = 4
@@ -52,7 +51,7 @@ def block_topk_gpu(
     count = count or candidates_of_tile(k, blocks, cut.size)
     best_of = partial(best_of_blocks, a, cut=cut, interpret=interpret)
     candidates = best_of(jnp.arange(blocks, dtype=jnp.int32), count)
-    best = largest_of_tiles(candidates, best_of, partial(by_picking, interpret=interpret), size=cut.size, k=k)
+    best = largest_of_tiles(candidates, best_of, size=cut.size, k=k)
     return TopK(best.values, best.index)
 
 
@@ -138,7 +137,18 @@ def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, colu
 
         return jax.lax.fori_loop(0, steps, add, jnp.zeros(cut.columns, jnp.int32))
 
-    threshold = largest_that(lambda least: count(least) >= k, (cut.columns,))
+    def lower_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, threshold, reached = state
+        higher = threshold | (jnp.int32(1) << bit)
+        found = count(higher)
+        return bit - 1, jnp.where(found >= k, higher, threshold), jnp.where(found >= k, found, reached)
+
+    def is_open(state: tuple[Array, Array, Array]) -> Array:
+        # Any threshold that k reach will do; columns beyond the last have none.
+        return (state[0] >= 0) & (jnp.sum(((state[2] != k) & (column < columns)).astype(jnp.int32)) > 0)
+
+    start = jnp.int32(30), jnp.zeros(cut.columns, jnp.int32), jnp.full(cut.columns, rows, jnp.int32)
+    _, threshold, _ = jax.lax.while_loop(is_open, lower_bit, start)
     room = k - count(threshold + 1)
 
     def store(number: Array, seen: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK
 from jaxsparse.kernels.launch import triton_call
-from jaxsparse.kernels.merge import candidates_of_tile, largest_of_tiles
-from jaxsparse.kernels.pick import Best, by_picking
+from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
 from jaxtyping import Array, Float, Int
 
@@ -41,7 +40,7 @@ def tiling(x: Any, dy: Any) -> Tiling:
     """Returns the tiling for arrays like these: what was fastest on an H100, without register spills."""
     if jnp.promote_types(x.dtype, dy.dtype).itemsize > 2:
         return Tiling(64, 64, 32, warps=4, stages=2)
-    return Tiling(64, 128, 64, warps=8, stages=3)
+    return Tiling(64, 64, 64, warps=4, stages=4)
 
 
 def gradient_topk_gpu(
@@ -73,8 +72,7 @@ def gradient_topk_gpu(
         return Best(values, index), energy
 
     candidates, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count)
-    choose = partial(by_picking, interpret=interpret)
-    best = largest_of_tiles(candidates, lambda tiles, count: best_of(tiles, count)[0], choose, size=size, k=k)
+    best = largest_of_tiles(candidates, lambda tiles, count: best_of(tiles, count)[0], size=size, k=k)
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
 
 
