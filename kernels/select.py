@@ -34,7 +34,9 @@ def magnitude_keys(values: Float[Array, "..."]) -> Int[Array, "..."]:
     return jnp.minimum(bits & 0x7FFF_FFFF, LARGEST_NUMBER + 1)
 
 
-def places_among_largest(keys: Int[Array, "*shape"], count: int) -> tuple[Bool[Array, "*shape"], Int[Array, "*shape"]]:
+def places_among_largest(
+    keys: Int[Array, "rows columns"], count: int
+) -> tuple[Bool[Array, "rows columns"], Int[Array, "rows columns"]]:
     """Returns which are the largest keys, exactly `count` of them, and where each of these goes if they are packed.
 
     Ties go to the first. Reads the keys up to 31 times, so that they should be in registers.
@@ -55,12 +57,15 @@ def places_among_largest(keys: Int[Array, "*shape"], count: int) -> tuple[Bool[A
     _, threshold, exist = jax.lax.while_loop(lambda s: (s[0] >= 0) & (s[2] != count), lower_bit, start)
     threshold = jnp.where(exist >= count, threshold, IS_NONE)
     above, equal = keys > threshold, keys == threshold
-    # One running sum for both: the keys above count in the upper half of an integer, those equal in the lower.
-    sums = jnp.cumsum((above.astype(jnp.int32) * HALF + equal.astype(jnp.int32)).reshape(-1)).reshape(keys.shape)
+    # One running sum for both: the keys above count in the upper half of an integer, those equal in the lower. Row by
+    # row, it took an H200 a third of the time of one over all keys.
+    both = above.astype(jnp.int32) * HALF + equal.astype(jnp.int32)
+    rows = jnp.sum(both, axis=1)
+    sums = (jnp.cumsum(rows) - rows)[:, None] + jnp.cumsum(both, axis=1)
     all_above, equal_up_to = _count(above), sums % HALF
     chosen = above | (equal & (equal_up_to <= count - all_above))
     return chosen, jnp.where(above, sums // HALF - 1, all_above + equal_up_to - 1)
 
 
-def _count(mask: Bool[Array, "*shape"]) -> Int[Array, ""]:
+def _count(mask: Bool[Array, "rows columns"]) -> Int[Array, ""]:
     return jnp.sum(mask.astype(jnp.int32))

@@ -14,7 +14,11 @@ from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Blocks", "best_of_blocks", "block_topk_gpu", "column_topk_gpu", "columns_in_order"]
+__all__ = ["Blocks", "Columns", "best_of_blocks", "block_topk_gpu", "column_topk_gpu", "columns_in_order"]
+
+
+WIDTH = 64
+"""Entries of a block are held in rows of so many."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,27 @@ class Blocks:
     """How an array is cut.
 
     Attributes:
-        size: entries of a block, for `block_topk_gpu`; a power of 2.
-        rows: read at a time, for `column_topk_gpu`; a power of 2.
-        columns: of a program, for `column_topk_gpu`; a power of 2.
+        size: entries of a block; a power of 2, at least `WIDTH`.
         warps: of a program.
     """
 
     size: int = 2048
-    rows: int = 64
-    columns: int = 32
     warps: int = 4
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How a matrix is cut whose columns are looked at each by itself.
+
+    Attributes:
+        rows: read at a time; a power of 2.
+        columns: of a program; a power of 2.
+        warps: of a program.
+    """
+
+    rows: int = 1024
+    columns: int = 8
+    warps: int = 8
 
 
 def block_topk_gpu(
@@ -83,7 +98,10 @@ def best_of_blocks(
 
 def _best_of_block(a: Any, blocks: Any, values: Any, index: Any, *, count: int, size: int, cut: Blocks) -> None:
     program = pl.program_id(0)
-    place = blocks[program] * cut.size + jnp.arange(cut.size, dtype=jnp.int32)
+    lanes = (
+        jnp.arange(cut.size // WIDTH, dtype=jnp.int32)[:, None] * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)[None, :]
+    )
+    place = blocks[program] * cut.size + lanes
     exists = place < size
     found = plgpu.load(a.at[place], mask=exists, other=0)
     chosen, slot = places_among_largest(jnp.where(exists, magnitude_keys(found), IS_NONE), count)
@@ -93,7 +111,7 @@ def _best_of_block(a: Any, blocks: Any, values: Any, index: Any, *, count: int, 
     plgpu.store(index.at[program, slot], jnp.where(exists, place, -1), mask=chosen)
 
 
-def column_topk_gpu(a: Float[Array, "rows columns"], *, k: int, interpret: bool, cut: Blocks | None = None) -> TopK:
+def column_topk_gpu(a: Float[Array, "rows columns"], *, k: int, interpret: bool, cut: Columns | None = None) -> TopK:
     """Returns the k entries of every column that are largest in magnitude, (k, columns).
 
     Args:
@@ -102,7 +120,7 @@ def column_topk_gpu(a: Float[Array, "rows columns"], *, k: int, interpret: bool,
         interpret: run it as plain JAX.
         cut: how it is cut.
     """
-    cut, (rows, columns) = cut or Blocks(), a.shape
+    cut, (rows, columns) = cut or Columns(), a.shape
     values, index = triton_call(
         partial(_best_of_columns, k=k, rows=rows, columns=columns, cut=cut),
         (a,),
@@ -121,7 +139,7 @@ def columns_in_order(values: Float[Array, "k columns"], index: Int[Array, "k col
     return TopK(values, index)
 
 
-def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, columns: int, cut: Blocks) -> None:
+def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, columns: int, cut: Columns) -> None:
     column = pl.program_id(0) * cut.columns + jnp.arange(cut.columns, dtype=jnp.int32)
     steps = pl.cdiv(rows, cut.rows)
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxsparse.kernels import block_topk
-from jaxsparse.kernels.block_topk.pallas_gpu import Blocks, block_topk_gpu, column_topk_gpu
+from jaxsparse.kernels.block_topk.pallas_gpu import Blocks, Columns, block_topk_gpu, column_topk_gpu
 
-SMALL = Blocks(size=64, rows=8, columns=4, warps=1)
 KINDS = ["normal", "ties", "zero", "one block", "inf and nan"]
 
 
@@ -60,7 +59,7 @@ def test_largest_of_a_matrix(
 @pytest.mark.parametrize("k", [1, 3, 40, 217])
 def test_many_blocks_of_which_one_may_hold_all(k: int, rng: np.random.Generator) -> None:
     """Two candidates of a block, of 64: where its share is larger, the second pass finds it."""
-    compiled = jax.jit(partial(block_topk_gpu, k=k, cut=SMALL, count=2, interpret=True))
+    compiled = jax.jit(partial(block_topk_gpu, k=k, cut=Blocks(size=64, warps=1), count=2, interpret=True))
     for kind in KINDS:
         a = matrix(rng, kind, (7, 31), "float32").reshape(-1)
         check(compiled(a), a, k, 0)
@@ -78,7 +77,7 @@ def test_largest_of_every_neuron(axis: int, implementation: Any, rng: np.random.
 
 @pytest.mark.parametrize("k", [1, 5, 21])
 def test_columns_of_several_programs(k: int, rng: np.random.Generator) -> None:
-    compiled = jax.jit(partial(column_topk_gpu, k=k, cut=SMALL, interpret=True))
+    compiled = jax.jit(partial(column_topk_gpu, k=k, cut=Columns(rows=8, columns=4, warps=1), interpret=True))
     for kind in KINDS:
         a = matrix(rng, kind, (21, 10), "bfloat16")
         check(compiled(a), a, k, 0)
