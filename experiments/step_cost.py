@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -44,9 +44,17 @@ class StepCostConfig:
     model: str = "smollm2-135m"
     """A folder, a config.json, or a known name; no weights are read."""
     tokens: int = 512
-    """Tokens of a batch, in one sequence."""
+    """Tokens of a row."""
+    batch: int = 1
+    """Rows of a batch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again instead of keeping it."""
     rounds: int = 7
-    """How often every step is timed; interleaved."""
+    """How often every step is timed."""
+    together: bool = True
+    """Hold the weights and states of all steps at once and time them in turns; else one step after the other."""
     only: tuple[str, ...] = ()
     """Names of cases to measure; all by default. The floor is always among them."""
     json: Path | None = None
@@ -133,21 +141,23 @@ def cases(model: LanguageModel, only: Sequence[str]) -> list[Case]:
     return [case for case in found if not only or case.name == "floor" or case.name in only]
 
 
-def batch(model: LanguageModel, tokens: int) -> Batch:
+def batch(model: LanguageModel, rows: int, tokens: int) -> Batch:
     """Returns random tokens, all of which count."""
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens + 1)).astype(np.int32)
-    ones, places = np.ones((1, tokens), np.float32), np.arange(tokens, dtype=np.int32)[None]
-    return Batch(ids[:, :-1], ids[:, 1:], ones, places, np.ones((1, tokens), np.int32))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, tokens + 1)).astype(np.int32)
+    ones, places = np.ones((rows, tokens), np.float32), np.tile(np.arange(tokens, dtype=np.int32), (rows, 1))
+    return jax.device_put(Batch(ids[:, :-1], ids[:, 1:], ones, places, np.ones((rows, tokens), np.int32)))
 
 
-def measure(model: LanguageModel, found: Sequence[Case], data: Batch, rounds: int) -> list[Row]:
+def measure(model: LanguageModel, found: Sequence[Case], data: Batch, rounds: int, dtype: str) -> list[Row]:
     """Compiles all steps, then times them in turns."""
-    params = model.init(jax.random.key(0))
+    params = model.init(jax.random.key(0), dtype)
     steps, states, peaks, sizes = [], [], [], []
     with progress("compiling", len(found)) as advance:
         for case in found:
             tuner = case.tuner()
             state = tuner.init(params)
+            if case is found[-1]:
+                del params
             sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(getattr(state, "method", ()))))
             compiled = tuner.step.lower(state, data).compile()
             peaks.append(_peak_bytes(compiled))
@@ -183,8 +193,11 @@ def _median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
 def main(arguments: Sequence[str]) -> int:
     """Measures, prints the table, and writes the rows."""
     config = parse(lambda given: StepCostConfig, "python -m experiments.step_cost", arguments)
-    model = LanguageModel(load_config(config.model))
-    rows = measure(model, cases(model, config.only), batch(model, config.tokens), config.rounds)
+    model = LanguageModel(load_config(config.model), config.remat)
+    found, data = cases(model, config.only), batch(model, config.batch, config.tokens)
+    rows = []
+    for group in [found] if config.together else [[case] for case in found]:
+        rows += measure(model, group, data, config.rounds, config.dtype)
     Console().print(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")

@@ -1,16 +1,18 @@
 """Reading slots out of weights and writing them back in place, without a copy of any weight."""
 
+from collections.abc import Sequence
 from functools import partial, singledispatch
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Bool, Int, Num
 
 from jaxsparse.subspaces.blocks import Blocks
-from jaxsparse.subspaces.targets import MatrixView
+from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units, matrix_numbers
 
-__all__ = ["commit_slots", "entry_index", "read_slots"]
+__all__ = ["commit_moves", "commit_slots", "entry_index", "read_slots"]
 
 
 @singledispatch
@@ -106,6 +108,30 @@ def commit_slots(
     return jax.lax.platform_dependent(
         *(weight, support, values), cpu=partial(_put_bits, units, view), default=partial(_put, units, view)
     )
+
+
+def commit_moves(
+    targets: Sequence[ResolvedTarget],
+    leaves: list[Any],
+    supports: Sequence[Any],
+    weights: Sequence[Array],
+    moves: Sequence[Array],
+    finite: Bool[Array, ""],
+) -> None:
+    """Adds moves to the free entries of weights, in place in the list; nothing moves if not all is finite.
+
+    Args:
+        targets: the weights.
+        leaves: of the parameters; those of the targets are replaced.
+        supports: of every target.
+        weights: what the free entries are.
+        moves: what is added to them, rounded once to the weight's dtype.
+        finite: whether the step counts.
+    """
+    for target, support, weight, move in zip(targets, supports, weights, moves, strict=True):
+        # Where nothing moves the weight keeps its bits.
+        new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
+        leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], support, new)
 
 
 def _put(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:

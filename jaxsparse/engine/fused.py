@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from jaxsparse.engine.backward import retained, sketches, slot_gradients
-from jaxsparse.engine.commit import commit_slots, read_slots
+from jaxsparse.engine.commit import commit_moves, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fused_layers import FusedLayersTuner
 from jaxsparse.engine.fused_low_rank import FusedLowRankTuner
@@ -145,12 +145,8 @@ class FusedTuner:
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
 
         leaves, structure = jax.tree.flatten(state.params)
-        for target, units, weight, move in zip(
-            targets, backward.supports, leaves_of(targets, weights), leaves_of(targets, moves), strict=True
-        ):
-            # Where nothing moves the weight keeps its bits.
-            new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
-            leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], units, new)
+        own, moved = leaves_of(targets, weights), leaves_of(targets, moves)
+        commit_moves(targets, leaves, backward.supports, own, moved, finite)
         measured = backward.energies is not None or all(isinstance(t.subspace, Everything) for t in targets)
         metrics = step_metrics(backward.loss, backward.tokens, after.progress, due & finite, measures=measured)
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics

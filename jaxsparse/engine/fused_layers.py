@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.backward import Backward, mean_backward
-from jaxsparse.engine.commit import commit_slots, read_slots
+from jaxsparse.engine.commit import commit_moves, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fusible import drawn_support
 from jaxsparse.engine.interpreter import followed
@@ -192,11 +192,7 @@ class FusedLayersTuner:
         taken = LayersState(progress, *(after for after, _ in stepped))
         after = jax.tree.map(partial(jnp.where, finite), taken, method._replace(progress=skipped))
         for part, own, (_, moves) in zip(parts, weights, stepped, strict=True):
-            for target, support, weight, move in zip(part.places.targets, part.supports, own, moves, strict=True):
-                # Where nothing moves the weight keeps its bits.
-                new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
-                at = target.position
-                leaves[at] = commit_slots(target.subspace, target.view, leaves[at], support, new)
+            commit_moves(part.places.targets, leaves, part.supports, own, moves, finite)
         metrics = step_metrics(backward.loss, backward.tokens, after.progress, drawn.due & finite, measures=False)
         return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
 
