@@ -3,6 +3,8 @@
 An op is a folder: `reference.py` is plain XLA, `op.py` checks arguments and chooses an implementation.
 """
 
+from jaxsparse.kernels.adapter_matmul.op import adapter_matmul as adapter_matmul
+from jaxsparse.kernels.adapter_matmul.op import adapter_slices_matmul as adapter_slices_matmul
 from jaxsparse.kernels.block_topk.op import TopK as TopK
 from jaxsparse.kernels.block_topk.op import block_topk as block_topk
 from jaxsparse.kernels.gather_matmul.op import gather_matmul as gather_matmul
