@@ -220,7 +220,8 @@ def _wrap(
             norms = description.given["activation"][(target.activation_of or target).path]
             slots["activation"] = units.activations(jnp.asarray(norms), view)
     else:
-        rule = EntrySlots(view.out_size)
+        by_output = isinstance(units, Neurons) and support.shape[-1] == view.out_size
+        rule = EntrySlots(view.out_size, by_output)
     return slotted(weight, view, slots, rule, target.path)
 
 

@@ -76,7 +76,8 @@ def _(rule: EntrySlots, slots: Any, shard: Shard) -> tuple[SlotRule, Any]:
     there, column = shard.number(OUTPUT, slots["support"] % rule.outputs)
     outputs = math.prod(shard.own[OUTPUT])
     support = jnp.where(here & there, row * outputs + column, math.prod(shard.own[INPUT]) * outputs)
-    return EntrySlots(outputs), {"support": support, "probe": slots["probe"]}
+    by_output = rule.by_output and shard.is_whole(OUTPUT)
+    return EntrySlots(outputs, by_output), {"support": support, "probe": slots["probe"]}
 
 
 @of_shard.register

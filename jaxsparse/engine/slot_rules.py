@@ -25,14 +25,17 @@ class EntrySlots(SlotRule):
 
     Attributes:
         outputs: number of outputs of the matrix.
+        by_output: whether the support is (k, outputs), and slots of column o lie in output o, or are idle.
     """
 
     outputs: int
+    by_output: bool = False
 
     def gradients(self, slots: Any, left: Array, right: Array) -> Any:
         """Returns sum_t x[t, row] dy[t, column] of every slot."""
         rows, columns = slots["support"] // self.outputs, slots["support"] % self.outputs
-        found = sampled_matmul(left, right, jnp.minimum(rows, left.shape[1] - 1), columns)
+        places = jnp.minimum(rows, left.shape[1] - 1)
+        found = sampled_matmul(left, right, places, None if self.by_output else columns)
         return {"support": None, "probe": jnp.where(rows < left.shape[1], found, 0)}
 
 

@@ -4,7 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.gather_matmul.pallas_gpu import entries_product_gpu, neurons_product_gpu, neurons_transposed_gpu
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product, neurons_transposed
+from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.sampled_matmul.op import sampled_matmul
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +19,8 @@ def gather_matmul(
     index: Int[Array, "..."],
     values: Float[Array, "..."],
     outputs: int | None = None,
+    *,
+    implementation: Implementation = None,
 ) -> Float[Array, "tokens outputs"]:
     """Returns x @ D for a sparse matrix D (inputs, outputs) that holds `values` at `index` and never exists as a whole.
 
@@ -30,12 +35,13 @@ def gather_matmul(
             row * outputs + column in D; those beyond D are left out, and their values get cotangents of 0.
         values: the entries, of the shape of `index`.
         outputs: columns of D, for flat indices.
+        implementation: "xla"; "pallas", up to float32; or None for what is best on the device.
 
     Returns:
         The product in promote_types(x and values, float32).
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the implementation cannot take the arguments.
         TypeError: `index` holds no integers.
 
     Example:
@@ -57,52 +63,78 @@ def gather_matmul(
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"index must hold integers, got {index.dtype}")
     if outputs is None:
-        return _neurons(x, index, values)
+        return _neurons(implementation, x, index, values)
     if outputs < 1:
         raise ValueError(f"outputs must be at least 1, got {outputs}")
-    return _entries(outputs, x, index, values)
+    return _entries((implementation, outputs), x, index, values)
 
 
-@jax.custom_vjp
-def _neurons(x: Array, index: Array, values: Array) -> Array:
-    return neurons_product(x, index, values)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _neurons(implementation: Implementation, x: Array, index: Array, values: Array) -> Array:
+    return run(
+        implementation,
+        (x, index, values),
+        xla=neurons_product,
+        gpu=neurons_product_gpu,
+        reason=fits_kernels(x=x, values=values),
+    )
 
 
-def _neurons_forward(x: Array, index: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
-    return neurons_product(x, index, values), (x, index, values)
+def _neurons_forward(implementation: Implementation, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _neurons(implementation, *arrays), arrays
 
 
-def _neurons_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array]:
+def _neurons_backward(implementation: Implementation, kept: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array]:
     x, index, values = kept
     dy = dy.astype(x.dtype)
-    columns = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=index.dtype), index.shape)
-    dx = neurons_transposed(dy, index, values, x.shape[1])
-    return dx.astype(x.dtype), None, sampled_matmul(x, dy, index, columns).astype(values.dtype)
+    dx = run(
+        implementation,
+        (dy, index, values),
+        xla=partial(neurons_transposed, inputs=x.shape[1]),
+        gpu=partial(neurons_transposed_gpu, inputs=x.shape[1]),
+        reason=fits_kernels(x=x, values=values),
+    )
+    dvalues = sampled_matmul(x, dy, index, implementation=implementation)
+    return dx.astype(x.dtype), None, dvalues.astype(values.dtype)
 
 
 _neurons.defvjp(_neurons_forward, _neurons_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _entries(outputs: int, x: Array, index: Array, values: Array) -> Array:
-    rows, columns, present = _places(outputs, x, index, values)
-    return entries_product(x, rows, columns, present, outputs)
+def _entries(options: tuple[Implementation, int], x: Array, index: Array, values: Array) -> Array:
+    implementation, outputs = options
+    return _entries_product(implementation, x, *_places(outputs, x, index, values), size=outputs)
 
 
-def _entries_forward(outputs: int, x: Array, index: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _entries(outputs, x, index, values), (x, index, values)
+def _entries_forward(options: tuple[Implementation, int], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _entries(options, *arrays), arrays
 
 
-def _entries_backward(outputs: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array]:
+def _entries_backward(
+    options: tuple[Implementation, int], kept: tuple[Array, ...], dy: Array
+) -> tuple[Array, None, Array]:
+    implementation, outputs = options
     x, index, values = kept
     dy = dy.astype(x.dtype)
     rows, columns, present = _places(outputs, x, index, values)
-    dx = entries_product(dy, columns, rows, present, x.shape[1])
-    found = jnp.where(index < x.shape[1] * outputs, sampled_matmul(x, dy, rows, columns), 0)
+    dx = _entries_product(implementation, dy, columns, rows, present, size=x.shape[1])
+    found = sampled_matmul(x, dy, rows, columns, implementation=implementation)
+    found = jnp.where(index < x.shape[1] * outputs, found, 0)
     return dx.astype(x.dtype), None, found.astype(values.dtype)
 
 
 _entries.defvjp(_entries_forward, _entries_backward)
+
+
+def _entries_product(implementation: Implementation, x: Array, *entries: Array, size: int) -> Array:
+    return run(
+        implementation,
+        (x, *entries),
+        xla=partial(entries_product, size=size),
+        gpu=partial(entries_product_gpu, size=size),
+        reason=fits_kernels(x=x, values=entries[-1]),
+    )
 
 
 def _places(outputs: int, x: Array, index: Array, values: Array) -> tuple[Array, Array, Array]:

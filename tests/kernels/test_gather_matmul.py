@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxsparse.kernels import gather_matmul
+from jaxsparse.kernels.blocks import chosen_sums
 from jaxsparse.kernels.gather_matmul import reference
 
-# (tokens, inputs, outputs, k, dtype): odd sizes; all inputs, few of many, one, and one of one.
-SIZES = [(7, 13, 5, 13, "bfloat16"), (3, 301, 11, 2, "bfloat16"), (1, 9, 37, 1, "float32"), (2, 1, 1, 1, "float32")]
+IMPLEMENTATIONS = ["xla", "pallas"]
+
+# (tokens, inputs, outputs, k, dtype): odd sizes; tokens beyond a block and all inputs, few of many, one, one of one.
+SIZES = [(70, 13, 5, 13, "bfloat16"), (3, 301, 11, 2, "bfloat16"), (1, 9, 37, 1, "float32"), (2, 1, 1, 1, "float32")]
 
 
 def neurons(rng: np.random.Generator, inputs: int, outputs: int, k: int) -> np.ndarray:
@@ -25,10 +28,18 @@ def dense(flat: np.ndarray, values: Any, inputs: int, outputs: int) -> np.ndarra
     return matrix.reshape(inputs, outputs)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", ["neurons", "entries"])
 @pytest.mark.parametrize(("tokens", "inputs", "outputs", "k", "dtype"), SIZES)
 def test_product_and_gradients_are_those_of_the_dense_matrix(
-    tokens: int, inputs: int, outputs: int, k: int, dtype: str, form: str, rng: np.random.Generator
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    k: int,
+    dtype: str,
+    form: str,
+    implementation: Any,
+    rng: np.random.Generator,
 ) -> None:
     by_neuron = neurons(rng, inputs, outputs, k)
     flat = (by_neuron * outputs + np.arange(outputs)).reshape(-1)
@@ -40,7 +51,10 @@ def test_product_and_gradients_are_those_of_the_dense_matrix(
 
     @jax.jit
     def both(x: jax.Array, values: jax.Array) -> Any:
-        y, transpose = jax.vjp(lambda x, values: gather_matmul(x, jnp.asarray(index), values, size), x, values)
+        def apply(x: jax.Array, values: jax.Array) -> jax.Array:
+            return gather_matmul(x, jnp.asarray(index), values, size, implementation=implementation)
+
+        y, transpose = jax.vjp(apply, x, values)
         return y, transpose(dy)
 
     y, (dx, dvalues) = both(x, values)
@@ -86,12 +100,16 @@ def test_all_routes_agree(rng: np.random.Generator) -> None:
                 np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-def test_layers_may_be_mapped_over(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_layers_may_be_mapped_over(implementation: Any, rng: np.random.Generator) -> None:
     index = np.stack([neurons(rng, 40, 6, 1) for _ in range(3)])
     x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4, 40), (3, 1, 6)))
 
     def energy(values: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-        return jnp.sum(gather_matmul(x, index, values) ** 2)
+        return jnp.sum(jax.checkpoint(product)(x, index, values) ** 2)
+
+    def product(*arguments: jax.Array) -> jax.Array:
+        return gather_matmul(*arguments, implementation=implementation)
 
     arguments = values, x, jnp.asarray(index)
     found = jax.jit(jax.vmap(jax.grad(energy)))(*arguments)
@@ -99,16 +117,46 @@ def test_layers_may_be_mapped_over(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("inputs", [6, 900])
-def test_entries_beyond_the_matrix_are_none(inputs: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("inputs", "implementation"), [(6, "xla"), (900, "xla"), (6, "pallas")])
+def test_entries_beyond_the_matrix_are_none(inputs: int, implementation: Any, rng: np.random.Generator) -> None:
     """Idle slots, on the way of many entries and on that of few, add nothing and get no gradient."""
     x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, inputs), 4))
     index = jnp.array([5, inputs * 3, 1, inputs * 3])
-    product = lambda values: jnp.sum(gather_matmul(x, index, values, 3))  # noqa: E731
+
+    def product(values: jax.Array) -> jax.Array:
+        return jnp.sum(gather_matmul(x, index, values, 3, implementation=implementation))
+
     found, gradient = jax.jit(jax.value_and_grad(product))(values)
     np.testing.assert_allclose(found, np.sum(x @ dense(np.array([5, 1]), values[::2], inputs, 3)), rtol=1e-4)
     assert not np.any(gradient[1::2])
     assert np.all(gradient[::2])
+
+
+def test_many_entries_of_one_output_and_none_of_others(rng: np.random.Generator) -> None:
+    """More entries than a kernel reads at a time in one place; all other blocks of outputs are empty."""
+    x, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 80), 80))
+    index = rng.permutation(80).astype(np.int32) * 100 + 50
+    found = gather_matmul(x, jnp.asarray(index), values, 100, implementation="pallas")
+    np.testing.assert_allclose(found, np.float64(x) @ dense(index, values, 80, 100), rtol=1e-5, atol=1e-4)
+    assert np.count_nonzero(np.any(found, axis=0)) == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("outputs", [None, 40])
+def test_what_is_not_finite_stays_with_its_token(outputs: int | None, implementation: Any) -> None:
+    x = jnp.ones((3, 70)).at[1, 2].set(jnp.inf).at[2, 3].set(jnp.nan)
+    index = jnp.array([[2, 3] * 20]) if outputs is None else jnp.array([2 * 40, 3 * 40 + 1])
+    found = gather_matmul(x, index, jnp.ones(index.shape), outputs, implementation=implementation)
+    np.testing.assert_array_equal(found[0, :2], [1, 1])
+    assert not np.isfinite(found[1, 0])
+    assert np.isnan(found[2, 1])
+
+
+def test_sums_of_chosen_rows_are_those_of_float32(rng: np.random.Generator) -> None:
+    """Tensor cores take bfloat16: what is lost on the way is no more than float32 loses."""
+    terms = jnp.asarray(rng.normal(size=(32, 16)) * np.exp(rng.normal(size=(32, 16)) * 8), jnp.float32)
+    found = chosen_sums(jnp.eye(32, dtype=bool), terms)
+    np.testing.assert_array_equal(found, terms)
 
 
 def test_what_does_not_fit_says_so() -> None:
@@ -121,3 +169,5 @@ def test_what_does_not_fit_says_so() -> None:
         gather_matmul(x, index[0], values[0])
     with pytest.raises(ValueError, match="outputs must be at least 1, got 0"):
         gather_matmul(x, index[0], values[0], 0)
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"values of float64; try implementation='xla'"):
+        gather_matmul(x, index, values.astype(jnp.float64), implementation="pallas")

@@ -1,0 +1,1 @@
+"""Products with sparse matrices of which every token has its own."""

@@ -1,0 +1,1 @@
+"""Adding to single entries of a matrix, or replacing them, in place."""
