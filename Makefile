@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# JAX's compiler for NVIDIA GPUs, without NVIDIA's libraries. It lies apart: JAX complains where it finds it and no GPU.
+# JAX's compiler for NVIDIA GPUs, without NVIDIA's libraries but for the assembler, which tells what kernels take. It lies
+# apart: JAX complains where it finds it and no GPU.
 PLUGIN := $(VENV)/cuda
 WITH_PLUGIN := JAX_PLATFORMS=cpu PYTHONPATH=$(abspath $(PLUGIN))
 
@@ -38,7 +39,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard,third-party]'
 	$(BIN)/python -m pip install --quiet --no-deps gemma-llm==1.0.0
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PLUGIN) \
-	    $$($(BIN)/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")')
+	    $$($(BIN)/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")') \
+	    'nvidia-cuda-nvcc>=13.0,<13.1'
 	touch $@
 
 clean:
