@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from experiments.shapes import Projection
 from jaxsparse.kernels import block_topk, gather_matmul, gradient_topk, sampled_matmul
 from jaxsparse.kernels.block_topk import pallas_gpu as block_topk_gpu
 from jaxsparse.kernels.gradient_topk import pallas_gpu as gradient_topk_gpu
 from jaxsparse.kernels.merge import candidates_of_tile
+
+from experiments.shapes import Projection
 
 __all__ = ["OPS", "Argument", "Bare", "Case", "Cost"]
 
@@ -119,7 +119,7 @@ def _product(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _gradient_topk(shape: Projection, density: float, dtype: str) -> Case:
-    """x and dy are read, and candidates written and read again; a second pass only where the answer crowds in a tile.
+    """Reads x and dy; candidates are written and read again; a second pass only where the answer crowds in a tile.
 
     The dense route writes the product and reads it twice: for the sum of squares and, at the least once, for the
     largest. Its second reading is not counted.
@@ -205,7 +205,7 @@ def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
 
 def _gather_matmul(shape: Projection, density: float, dtype: str) -> Case:
     """The dense route scatters the entries into a matrix, which it writes and reads."""
-    x, y = _activations(shape, dtype)
+    x, _ = _activations(shape, dtype)
     k, size, item = shape.entries(density), shape.inputs * shape.outputs, jnp.dtype(dtype).itemsize
     flat, values = Argument((k,), "int32", below=size), Argument((k,), dtype)
 

@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from jaxsparse.kernels.gradient_topk import pallas_gpu
+from jaxsparse.kernels.gradient_topk import pallas_gpu, pallas_tpu
 from jaxsparse.kernels.gradient_topk.op import GradientTopK, gradient_topk
 
 from experiments.shapes import SMALL, Small
@@ -19,12 +19,14 @@ from experiments.shapes import SMALL, Small
 BACKENDS: dict[str, Callable[..., GradientTopK]] = {
     "xla": partial(gradient_topk, implementation="xla"),
     "gpu": partial(gradient_topk, implementation="pallas"),
+    "tpu": partial(pallas_tpu.gradient_topk_tpu, interpret=True, cut=pallas_tpu.Tiling(128, 128, 64)),
 }
 # The kernels with few candidates and small tiles, so that few numbers have many tiles and answers need a second look.
 FEW: dict[str, Callable[..., GradientTopK]] = {
     "gpu": partial(
         pallas_gpu.gradient_topk_gpu, interpret=True, count=4, cut=pallas_gpu.Tiling(16, 16, 16, warps=4, stages=2)
     ),
+    "tpu": partial(pallas_tpu.gradient_topk_tpu, interpret=True, count=4, cut=pallas_tpu.Tiling(16, 16, 16)),
 }
 MANY = 800
 """These look a second time at arguments with a k of so many at least."""
