@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxsparse.kernels.count import by_counting, key_of
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
 from jaxsparse.kernels.launch import mosaic_call
 from jaxsparse.kernels.merge import candidates_of_tile, largest_of_tiles
-from jaxsparse.kernels.pick import Best, by_sorting
+from jaxsparse.kernels.pick import Best
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Float, Int
 
@@ -62,22 +63,15 @@ def gradient_topk_tpu(
     if count > MOST:
         return gradient_topk_reference(x, dy, k, lambda tile, first: jnp.abs(tile))
     best_of = partial(best_of_tiles, x, dy, cut=cut, interpret=interpret)
-    *candidates, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count, jnp.int32(0))
+    values, index, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count, jnp.int32(0))
+    candidates = Best(values, index)
 
     def again(tiles: Array, count: int) -> Best:
         # What is smaller than the k-th candidate is not in the answer.
-        return Best(*best_of(tiles, count, _key_of(k, *candidates))[:2])
+        return Best(*best_of(tiles, count, jnp.maximum(key_of(candidates, k), 0))[:2])
 
-    best = largest_of_tiles(Best(*candidates), again, by_sorting, size=size, k=k)
+    best = largest_of_tiles(candidates, again, by_counting, size=size, k=k)
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
-
-
-def _key_of(k: int, values: Array, index: Array) -> Int[Array, ""]:
-    """The k-th largest key; 0, as small as an entry's can be, where there is none."""
-    if index.size < k:
-        return jnp.int32(0)
-    keys = jnp.where(index >= 0, magnitude_keys(values), IS_NONE)
-    return jnp.maximum(jax.lax.top_k(keys.reshape(-1), k)[0][-1], 0)
 
 
 def best_of_tiles(
