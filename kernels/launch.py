@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 
@@ -14,7 +15,7 @@ from jax.sharding import ManualAxisType
 # refs indexed by arrays, which these kernels need: they stay with Triton until it has. Every op has an XLA route too.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
-__all__ = ["Implementation", "alike", "run", "triton_call"]
+__all__ = ["Implementation", "alike", "mosaic_call", "run", "triton_call"]
 
 Implementation = str | None
 """"xla": plain XLA; "pallas": a Pallas kernel; None: whichever is best where the program runs."""
@@ -100,6 +101,48 @@ def triton_call(
         interpret=interpret,
         input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+    )
+    return list(call(*arrays))
+
+
+def mosaic_call(
+    kernel: Callable[..., None],
+    arrays: Sequence[jax.Array],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    blocks: Sequence[pl.BlockSpec],
+    results: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
+    scratch: Sequence[Any],
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs a kernel on a TPU, compiled by Mosaic.
+
+    Args:
+        kernel: of refs: the numbers, a block of every other array and result, and the scratch buffers.
+        arrays: arguments; those before the ones that have blocks are numbers, which blocks may depend on.
+        name: the kernel's, in profiles.
+        grid: numbers of programs; along the last axis, they share the scratch buffers.
+        blocks: of the last arguments.
+        results: shapes, dtypes and blocks.
+        scratch: buffers on chip.
+        interpret: run it as plain JAX, on any device.
+    """
+    arrays, axes = alike(arrays)
+    kind = ManualAxisType(varying=axes)
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(arrays) - len(blocks),
+            grid=grid,
+            in_specs=blocks,
+            out_specs=[block for _, _, block in results],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in results],
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=(*["parallel"] * (len(grid) - 1), "arbitrary")),
     )
     return list(call(*arrays))
 

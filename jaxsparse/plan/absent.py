@@ -1,7 +1,10 @@
 """Compiling for an accelerator that this machine does not have."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -60,6 +63,17 @@ class Gpu:
         )
 
 
+@dataclass(frozen=True)
+class Tpu:
+    """What XLA's compiler asks about a TPU.
+
+    Attributes:
+        topology: the smallest part of a pod that has a name; one chip of it is compiled for.
+    """
+
+    topology: str
+
+
 # The same on every GPU since 2020 (CUDA C++ Programming Guide, "Compute Capabilities").
 _OF_CUDA = {
     "threads_per_block_limit": 1024,
@@ -74,7 +88,7 @@ _OF_CUDA = {
     "registers_per_block_limit": 2**16,
 }
 
-DEVICES = {
+DEVICES: dict[str, Gpu | Tpu] = {
     # NVIDIA H100 Tensor Core GPU architecture, SXM5 with 80 GB of HBM3.
     "h100": Gpu(
         description="NVIDIA H100 80GB HBM3",
@@ -86,7 +100,9 @@ DEVICES = {
         level_2_cache=50 * 2**20,
         shared_memory=228 * 1024,
         shared_memory_of_block=227 * 1024,
-    )
+    ),
+    "v5e": Tpu("v5e:2x2"),
+    "v5p": Tpu("v5p:2x2x1"),
 }
 """Devices that can be compiled for, by name."""
 
@@ -141,9 +157,9 @@ def compile_for(
         The plan.
 
     Raises:
-        InputError: the device is unknown, or JAX's plugin for it is not installed.
+        InputError: the device is unknown, or the compiler for it is not installed.
     """
-    mesh = Mesh(np.array(_topology(device).devices), ("device",))
+    mesh = Mesh(np.array(_topology(device).devices[:1]), ("device",))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def there(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -157,12 +173,14 @@ def compile_for(
 def _topology(device: str) -> Any:
     if device not in DEVICES:
         raise InputError(f"device {device!r} is unknown; known: {', '.join(DEVICES)}")
+    described = DEVICES[device]
+    return _gpus(device, described) if isinstance(described, Gpu) else _tpus(device, described)
+
+
+def _gpus(device: str, gpu: Gpu) -> Any:
     try:
         return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="1x1x1",
-            topology="1x1x1",
-            target_config=DEVICES[device].target_config(),
+            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=gpu.target_config()
         )
     except NotImplementedError as error:
         version = jax.__version__
@@ -170,3 +188,25 @@ def _topology(device: str) -> Any:
             f"compiling for {device} needs JAX's CUDA plugin, without NVIDIA's libraries: pip install --no-deps "
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, and the environment variable JAX_PLATFORMS=cpu"
         ) from error
+
+
+def _tpus(device: str, tpu: Tpu) -> Any:
+    if importlib.util.find_spec("libtpu") is None:
+        wheels = [
+            line.partition(";")[0].strip() for line in metadata.requires("jax") or () if line.startswith("libtpu")
+        ]
+        raise InputError(
+            f"compiling for {device} needs Google's compiler: pip install --no-deps {wheels[0]!r}, and the environment "
+            "variable JAX_PLATFORMS=cpu"
+        )
+    # It would ask the network which machine this is.
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology)
+
+
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from jaxsparse.kernels.gradient_topk.pallas_gpu import gradient_topk_gpu
+from jaxsparse.kernels.gradient_topk.pallas_tpu import gradient_topk_tpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
 from jaxsparse.kernels.launch import Implementation, run
 from jaxtyping import Array, Float
@@ -62,5 +63,6 @@ def gradient_topk(
         (x, dy),
         xla=partial(gradient_topk_reference, k=k, score=score or _magnitude),
         gpu=partial(gradient_topk_gpu, k=k),
+        tpu=partial(gradient_topk_tpu, k=k),
         reason=reason,
     )

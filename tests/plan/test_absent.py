@@ -26,7 +26,7 @@ def test_peak_memory_counts_donated_arguments_once() -> None:
 
 
 def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(InputError, match="'h1000' is unknown; known: h100"):
+    with pytest.raises(InputError, match="'h1000' is unknown; known: h100, v5e, v5p"):
         compile_for("h1000", jnp.sin, [SHAPE])
 
 
@@ -35,6 +35,22 @@ def test_without_the_plugin_the_error_says_what_to_install() -> None:
         pytest.skip("the plugin is there")
     with pytest.raises(InputError, match=r"pip install --no-deps jax-cuda13-plugin==.*JAX_PLATFORMS=cpu"):
         compile_for("h100", jnp.sin, [SHAPE])
+
+
+@pytest.mark.parametrize("device", ["v5e", "v5p"])
+def test_one_chip_of_a_tpu_can_be_compiled_for(device: str) -> None:
+    try:
+        plan = compile_for(device, lambda x: x @ x, [SHAPE])
+    except InputError as error:
+        pytest.skip(str(error))
+    assert plan.argument_bytes == 4 * 2**20
+    assert plan.compiled.cost_analysis()["flops"] == 2 * 1024**3
+
+
+def test_without_the_tpu_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps 'libtpu==.*JAX_PLATFORMS=cpu"):
+        compile_for("v5e", jnp.sin, [SHAPE])
 
 
 def test_the_description_is_the_one_that_was_tried(shared: Path) -> None:
