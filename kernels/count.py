@@ -1,8 +1,11 @@
 """The k largest of a moderate number of entries in plain XLA, by counting: on a TPU, sorts take minutes to compile."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.pick import Best, largest_that
-from jaxsparse.kernels.select import IS_NONE, magnitude_keys
+from jaxsparse.kernels.merge import Best, keys_of
+from jaxsparse.kernels.select import IS_NONE
 from jaxtyping import Array, Int
 
 __all__ = ["by_counting", "key_of"]
@@ -10,8 +13,8 @@ __all__ = ["by_counting", "key_of"]
 
 def key_of(entries: Best, k: int) -> Int[Array, ""]:
     """Returns the key of the entry that is k-th in magnitude; `IS_NONE` if there is none."""
-    keys = _keys(entries)
-    key = largest_that(lambda least: jnp.sum(keys >= least) >= k)
+    keys = keys_of(entries).reshape(-1)
+    key = _largest_that(lambda least: jnp.sum(keys >= least) >= k)
     return jnp.where(jnp.sum(keys >= 0) >= k, key, IS_NONE)
 
 
@@ -22,15 +25,20 @@ def by_counting(entries: Best, k: int) -> Best:
         entries: at least k.
         k: how many.
     """
-    values, index, keys = entries.values.reshape(-1), entries.index.reshape(-1), _keys(entries)
+    values, index, keys = (part.reshape(-1) for part in (*entries, keys_of(entries)))
     key = key_of(entries, k)
     room = k - jnp.sum(keys > key)
-    last = largest_that(lambda most: jnp.sum((keys == key) & (index < most)) < room)
+    last = _largest_that(lambda most: jnp.sum((keys == key) & (index < most)) < room)
     is_chosen = (keys > key) | ((keys == key) & (index <= last))
     place = jnp.searchsorted(jnp.cumsum(is_chosen.astype(jnp.int32)), jnp.arange(1, k + 1, dtype=jnp.int32))
     return Best(values[place], index[place])
 
 
-def _keys(entries: Best) -> Int[Array, " n"]:
-    index = entries.index.reshape(-1)
-    return jnp.where(index >= 0, magnitude_keys(entries.values.reshape(-1)), IS_NONE)
+def _largest_that(holds: Callable[[Array], Array]) -> Int[Array, ""]:
+    """The largest non-negative integer for which a condition holds that holds for 0 and, from some on, never."""
+
+    def lower_bit(number: Array, found: Array) -> Array:
+        higher = found | (jnp.int32(1) << (30 - number))
+        return jnp.where(holds(higher), higher, found)
+
+    return jax.lax.fori_loop(0, 31, lower_bit, jnp.int32(0))

@@ -1,6 +1,7 @@
 """The k largest of many numbers from the few largest of every tile: exact, and told apart where a tile had more."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Best", "candidates_of_tile", "largest_of_tiles"]
+__all__ = ["Best", "by_sorting", "candidates_of_tile", "keys_of", "largest_of_tiles"]
 
 FEWEST = 16
 """So many candidates of a tile at least: where the answer lies is uneven."""
@@ -44,6 +45,7 @@ def largest_of_tiles(
     *,
     size: int,
     k: int,
+    choose: Callable[[Best, int], Best] | None = None,
 ) -> Best:
     """Returns the k largest entries in magnitude, best first, ties to the lowest index.
 
@@ -55,12 +57,14 @@ def largest_of_tiles(
         best_of: from numbers of tiles and a count to the like of some tiles; to none for tiles beyond the last.
         size: entries of a tile, a power of 2.
         k: how many entries.
+        choose: the best of some entries, in any order; None: by sorting all of them.
     """
+    choose, in_order = (by_sorting, lambda best: best) if choose is None else (choose, partial(by_sorting, k=k))
     tiles, count = candidates.index.shape
-    first = _largest(candidates, k)
+    first = choose(_at_least(k, candidates), k)
     again = min(tiles, k // count)
     if count == size or again == 0:
-        return first
+        return in_order(first)
     has_more = _all_chosen(candidates, first)
 
     def second() -> Best:
@@ -68,25 +72,43 @@ def largest_of_tiles(
         more = best_of(numbers, min(size, _power_of_2(k)))
         kept = candidates._replace(index=jnp.where(has_more[:, None], IS_NONE, candidates.index))
         both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
-        return _largest(Best(*both), k)
+        return choose(_at_least(k, Best(*both)), k)
 
-    return jax.lax.cond(jnp.any(has_more), second, lambda: first)
+    return in_order(jax.lax.cond(jnp.any(has_more), second, lambda: first))
 
 
-def _largest(entries: Best, k: int) -> Best:
-    """The k largest, best first. Candidates are few: to sort them took less time on a GPU than any other way tried."""
+def by_sorting(entries: Best, k: int) -> Best:
+    """Returns the k entries that are largest in magnitude, best first, ties to the lowest index.
+
+    Candidates are few: to sort them took less time on a GPU than any other way tried.
+
+    Args:
+        entries: at least k.
+        k: how many.
+    """
+    values, index = entries.values.reshape(-1), entries.index.reshape(-1)
+    _, index, values = jax.lax.sort((-keys_of(entries).reshape(-1), index, values), num_keys=2)
+    return Best(values[:k], index[:k])
+
+
+def keys_of(entries: Best) -> Int[Array, "..."]:
+    """Returns integers in the order of the entries' magnitudes; `IS_NONE` for none."""
+    return jnp.where(entries.index >= 0, magnitude_keys(entries.values), IS_NONE)
+
+
+def _at_least(k: int, entries: Best) -> Best:
+    """The entries in a row, with as many that are none as k of them take."""
     values, index = entries.values.reshape(-1), entries.index.reshape(-1)
     missing = max(0, k - index.shape[0])
-    values, index = jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE)
-    keys = jnp.where(index >= 0, magnitude_keys(values), IS_NONE)
-    _, index, values = jax.lax.sort((-keys, index, values), num_keys=2)
-    return Best(values[:k], index[:k])
+    return Best(jnp.pad(values, (0, missing)), jnp.pad(index, (0, missing), constant_values=IS_NONE))
 
 
 def _all_chosen(candidates: Best, chosen: Best) -> Bool[Array, " tiles"]:
     """Tiles of which every candidate was chosen, and that may have had more."""
-    key, last = magnitude_keys(candidates.values), magnitude_keys(chosen.values[-1])
-    is_chosen = (key > last) | ((key == last) & (candidates.index <= chosen.index[-1])) | (chosen.index[-1] < 0)
+    keys, chosen_keys = keys_of(candidates), keys_of(chosen)
+    last = jnp.min(chosen_keys)
+    last_index = jnp.max(jnp.where(chosen_keys == last, chosen.index, IS_NONE))
+    is_chosen = (keys > last) | ((keys == last) & (candidates.index <= last_index))
     return jnp.all(is_chosen & (candidates.index >= 0), axis=-1)
 
 

@@ -44,7 +44,7 @@ class Columns:
         warps: of a program.
     """
 
-    rows: int = 1024
+    rows: int = 512
     columns: int = 8
     warps: int = 8
 

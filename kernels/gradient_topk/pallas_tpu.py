@@ -11,8 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsparse.kernels.count import by_counting, key_of
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
 from jaxsparse.kernels.launch import mosaic_call
-from jaxsparse.kernels.merge import candidates_of_tile, largest_of_tiles
-from jaxsparse.kernels.pick import Best
+from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Float, Int
 
@@ -70,7 +69,7 @@ def gradient_topk_tpu(
         # What is smaller than the k-th candidate is not in the answer.
         return Best(*best_of(tiles, count, jnp.maximum(key_of(candidates, k), 0))[:2])
 
-    best = largest_of_tiles(candidates, again, by_counting, size=size, k=k)
+    best = largest_of_tiles(candidates, again, size=size, k=k, choose=by_counting)
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
 
 
