@@ -11,9 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["Best", "by_sorting", "candidates_of_tile", "keys_of", "largest_of_tiles"]
 
-FEWEST = 16
-"""So many candidates of a tile at least: where the answer lies is uneven."""
-
 
 class Best(NamedTuple):
     """Entries that may be among the largest.
@@ -27,16 +24,17 @@ class Best(NamedTuple):
     index: Int[Array, "..."]
 
 
-def candidates_of_tile(k: int, tiles: int, size: int) -> int:
+def candidates_of_tile(k: int, tiles: int, size: int, fewest: int = 16) -> int:
     """Returns how many candidates of a tile are written: four times its share of the answer, a power of 2.
 
     Args:
         k: entries of the answer.
         tiles: how many.
         size: entries of a tile, a power of 2.
+        fewest: so many at least, a power of 2: where the answer lies is uneven.
     """
     share = -(-k // tiles)
-    return min(size, max(FEWEST, _power_of_2(4 * share)))
+    return min(size, max(fewest, _power_of_2(4 * share)))
 
 
 def largest_of_tiles(

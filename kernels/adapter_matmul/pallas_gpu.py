@@ -54,7 +54,7 @@ def neurons_gpu(
         interpret: run it as plain JAX.
         cut: how the product is cut.
     """
-    cut = cut or Tiling(min(4, power_of_2(x.shape[0])), 256)
+    cut = cut or Tiling(1, 256)
     return _call(_neurons, x, (x, adapter_of_token, index, values), index.shape[2], cut, interpret, "neurons")
 
 
@@ -113,7 +113,7 @@ def slices_gpu(
         interpret: run it as plain JAX.
         cut: how the product is cut.
     """
-    cut = cut or Tiling(16, 64, max(16, min(32, power_of_2(index.shape[1]))))
+    cut = cut or Tiling(16, 128, 16)
     return _call(_slices, x, (x, adapter_of_token, index, values), values.shape[2], cut, interpret, "slices")
 
 
