@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.launch import alike
 from jaxtyping import Array, Float, Int
 
-__all__ = ["accumulation_dtype", "scan_tiles"]
+__all__ = ["accumulation_dtype", "scan_start", "scan_tiles"]
 
 TILES = 4
 """So many tiles at least: a tile stays well below the size of the product."""
@@ -19,6 +20,17 @@ TILE_ENTRIES = 2**22
 def accumulation_dtype(*arrays: Any) -> jnp.dtype:
     """Returns the dtype in which products of arrays are summed: at least float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def scan_start(start: Any, *arrays: Array) -> Any:
+    """Returns what a scan over arrays starts from: inside `shard_map`, it must vary as the arrays do.
+
+    Args:
+        start: arrays, zeros for example.
+        arrays: all that the scan reads.
+    """
+    leaves, structure = jax.tree.flatten(start)
+    return jax.tree.unflatten(structure, alike((*leaves, *arrays))[0][: len(leaves)])
 
 
 def scan_tiles(
@@ -50,4 +62,4 @@ def scan_tiles(
         tile = jax.lax.dot_general(band, dy, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         return step(carry, tile, number * height), None
 
-    return jax.lax.scan(body, start, jnp.arange(count, dtype=jnp.int32))[0]
+    return jax.lax.scan(body, scan_start(start, x, dy), jnp.arange(count, dtype=jnp.int32))[0]

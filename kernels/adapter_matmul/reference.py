@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product
-from jaxsparse.kernels.launch import alike
-from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxsparse.kernels.tiles import accumulation_dtype, scan_start
 from jaxtyping import Array, Float, Int
 
 __all__ = ["entries_reference", "neurons_reference", "slices_reference"]
@@ -60,9 +59,9 @@ def _by_adapter(
 ) -> Array:
     """The product of every adapter, each for its own tokens."""
     numbers = jnp.arange(index.shape[0], dtype=adapter_of_token.dtype)
-    start = jnp.zeros((x.shape[0], outputs), accumulation_dtype(x, values))
-    arrays, _ = alike((start, numbers, x, adapter_of_token, index, values))
-    start, numbers, x, adapter_of_token, index, values = arrays
+    start = scan_start(
+        jnp.zeros((x.shape[0], outputs), accumulation_dtype(x, values)), x, adapter_of_token, index, values
+    )
 
     def add(total: Array, adapter: tuple[Array, ...]) -> tuple[Array, None]:
         number, *entries = adapter

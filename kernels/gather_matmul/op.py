@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxsparse.kernels.blocks import fits_kernels
 from jaxsparse.kernels.gather_matmul.pallas_gpu import entries_product_gpu, neurons_product_gpu, neurons_transposed_gpu
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product, neurons_transposed
-from jaxsparse.kernels.launch import Implementation, run
+from jaxsparse.kernels.launch import Implementation, alike, run
 from jaxsparse.kernels.sampled_matmul.op import sampled_matmul
 from jaxtyping import Array, Float, Int
 
@@ -62,10 +62,12 @@ def gather_matmul(
         raise ValueError(f"index must be {form}, got shape {index.shape}")
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"index must hold integers, got {index.dtype}")
+    if outputs is not None and outputs < 1:
+        raise ValueError(f"outputs must be at least 1, got {outputs}")
+    # Inside shard_map: so that the cotangents of these vary as they do.
+    (x, index, values), _ = alike((x, index, values))
     if outputs is None:
         return _neurons(implementation, x, index, values)
-    if outputs < 1:
-        raise ValueError(f"outputs must be at least 1, got {outputs}")
     return _entries((implementation, outputs), x, index, values)
 
 

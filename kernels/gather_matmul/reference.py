@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.tiles import TILE_ENTRIES, TILES, accumulation_dtype
+from jaxsparse.kernels.tiles import TILE_ENTRIES, TILES, accumulation_dtype, scan_start
 from jaxtyping import Array, Float, Int
 
 __all__ = [
@@ -71,7 +71,7 @@ def neurons_by_gather(x: Array, index: Array, values: Array) -> Array:
         inputs, factors = row
         return total + factors.astype(dtype)[:, None] * features[inputs].astype(dtype), None
 
-    start = jnp.zeros((index.shape[1], x.shape[0]), dtype)
+    start = scan_start(jnp.zeros((index.shape[1], x.shape[0]), dtype), x, index, values)
     return jax.lax.scan(add, start, (index, values))[0].T
 
 
@@ -95,7 +95,7 @@ def entries_by_blocks(x: Array, sources: Array, targets: Array, values: Array, s
         place = jnp.where(is_last, target, beyond)
         return total.at[place].add(sums, mode="drop", unique_indices=True), None
 
-    start = jnp.zeros((size, x.shape[0]), dtype)
+    start = scan_start(jnp.zeros((size, x.shape[0]), dtype), x, sources, targets, values)
     return jax.lax.scan(add, start, (blocks(sources, 0), blocks(targets, size), blocks(values, 0)))[0].T
 
 
@@ -148,7 +148,8 @@ def neurons_transposed_by_bands(y: Array, index: Array, values: Array, inputs: i
         return total + jnp.matmul(part, _neuron_band(inputs, index, values).T, preferred_element_type=dtype), None
 
     numbers = jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(add, jnp.zeros((tokens, inputs), dtype), (numbers, indices, factors))[0]
+    start = scan_start(jnp.zeros((tokens, inputs), dtype), y, index, values)
+    return jax.lax.scan(add, start, (numbers, indices, factors))[0]
 
 
 def entries_by_bands(x: Array, sources: Array, targets: Array, values: Array, size: int) -> Array:
@@ -167,4 +168,5 @@ def entries_by_bands(x: Array, sources: Array, targets: Array, values: Array, si
         return total + jnp.matmul(part, band, preferred_element_type=dtype), None
 
     numbers = jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(add, jnp.zeros((tokens, size), dtype), numbers)[0]
+    start = scan_start(jnp.zeros((tokens, size), dtype), x, sources, targets, values)
+    return jax.lax.scan(add, start, numbers)[0]
