@@ -12,7 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxsparse.kernels import block_topk, gather_matmul, gradient_topk, sampled_matmul
+from jaxsparse.kernels import (
+    adapter_matmul,
+    block_topk,
+    gather_matmul,
+    gradient_topk,
+    sampled_matmul,
+    scatter_add_unique,
+)
 from jaxsparse.kernels.block_topk import pallas_gpu as block_topk_gpu
 from jaxsparse.kernels.gradient_topk import pallas_gpu as gradient_topk_gpu
 from jaxsparse.kernels.merge import candidates_of_tile
@@ -186,6 +193,11 @@ _PASSES = 32
 """How often column_topk reads its matrix after the first time."""
 
 
+def _whole(function: Callable[..., Any], arguments: Sequence[Argument]) -> list[Bare]:
+    """The op's kernels, with whatever XLA adds around them."""
+    return [Bare(partial(function, implementation="pallas"), [argument.abstract for argument in arguments])]
+
+
 def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
     """Every sample reads a column of x and one of dy; the dense route writes the product, and reads samples of it."""
     x, dy = _activations(shape, dtype)
@@ -194,12 +206,17 @@ def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
     flops = 2 * shape.tokens
     # No more is read than all of x and dy: with many samples, most columns are met several times.
     read = min(_bytes(x, dy), 2 * k * shape.tokens * item) + _bytes(flat)
+
+    def sparse(x: jax.Array, dy: jax.Array, flat: jax.Array, implementation: str | None = None) -> jax.Array:
+        return sampled_matmul(x, dy, flat // shape.outputs, flat % shape.outputs, implementation=implementation)
+
     return Case(
         (x, dy, flat),
-        lambda x, dy, flat: sampled_matmul(x, dy, flat // shape.outputs, flat % shape.outputs),
+        sparse,
         lambda x, dy, flat: _product(x, dy).reshape(-1)[flat],
         Cost(flops * k, read, k * INDEX),
         Cost(flops * size, _bytes(x, dy, flat), size * item + k * (item + INDEX)),
+        _whole(sparse, (x, dy, flat)),
     )
 
 
@@ -216,10 +233,68 @@ def _gather_matmul(shape: Projection, density: float, dtype: str) -> Case:
     result = shape.tokens * shape.outputs * INDEX
     return Case(
         (x, flat, values),
-        lambda x, flat, values: gather_matmul(x, flat, values, shape.outputs),
+        partial(gather_matmul, outputs=shape.outputs),
         dense,
         Cost(2 * shape.tokens * k, min(_bytes(x), k * shape.tokens * item) + _bytes(flat, values), result),
         Cost(2 * shape.tokens * size, _bytes(x, flat, values), 2 * size * item + result),
+        _whole(partial(gather_matmul, outputs=shape.outputs), (x, flat, values)),
+    )
+
+
+ADAPTERS = 8
+"""So many adapters are served at once."""
+
+
+def _adapter_matmul(shape: Projection, density: float, dtype: str) -> Case:
+    """Tokens of a batch choose among adapters; the dense route makes a matrix of each, and multiplies its tokens."""
+    x, _ = _activations(shape, dtype)
+    k, size, item = shape.entries(density), shape.inputs * shape.outputs, jnp.dtype(dtype).itemsize
+    chosen = Argument((1, shape.tokens), "int32", below=ADAPTERS)
+    flat, values = Argument((k, ADAPTERS), "int32", below=size), Argument((ADAPTERS, k), dtype)
+
+    def sparse(
+        x: jax.Array, chosen: jax.Array, flat: jax.Array, values: jax.Array, implementation: str | None = None
+    ) -> jax.Array:
+        return adapter_matmul(x, chosen[0], flat.T, values, shape.outputs, implementation=implementation)
+
+    def dense(x: jax.Array, chosen: jax.Array, flat: jax.Array, values: jax.Array) -> jax.Array:
+        def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            matrix = jnp.zeros(size, x.dtype).at[flat.T[number]].set(values[number], unique_indices=True)
+            own = jnp.where((chosen[0] == number)[:, None], x, 0)
+            return total + jnp.matmul(own, matrix.reshape(shape.inputs, shape.outputs)), None
+
+        start = jnp.zeros((shape.tokens, shape.outputs), jnp.float32)
+        return jax.lax.scan(add, start, jnp.arange(ADAPTERS))[0]
+
+    # A token is multiplied by its own adapter alone.
+    result, arguments = shape.tokens * shape.outputs * INDEX, (x, chosen, flat, values)
+    return Case(
+        arguments,
+        sparse,
+        dense,
+        Cost(2 * shape.tokens * k, _bytes(*arguments), result),
+        Cost(2 * shape.tokens * size, _bytes(*arguments), 2 * ADAPTERS * size * item + result),
+        _whole(sparse, arguments),
+    )
+
+
+def _scatter_add_unique(shape: Projection, density: float, dtype: str) -> Case:
+    """In place; the dense route makes a matrix of the values, and adds all of it."""
+    w = Argument((shape.inputs, shape.outputs), dtype)
+    k, size, item = shape.entries(density), shape.inputs * shape.outputs, jnp.dtype(dtype).itemsize
+    flat, values = Argument((k,), "int32", below=size), Argument((k,), "float32")
+
+    def dense(w: jax.Array, flat: jax.Array, values: jax.Array) -> jax.Array:
+        delta = jnp.zeros(size, w.dtype).at[flat].set(values.astype(w.dtype), unique_indices=True)
+        return w + delta.reshape(w.shape)
+
+    return Case(
+        (w, flat, values),
+        scatter_add_unique,
+        dense,
+        Cost(k, _bytes(flat, values) + k * item, k * item),
+        Cost(size, _bytes(w, flat, values), 3 * size * item),
+        _whole(scatter_add_unique, (w, flat, values)),
     )
 
 
@@ -229,5 +304,7 @@ OPS: dict[str, Callable[[Projection, float, str], Case]] = {
     "column_topk": _column_topk,
     "sampled_matmul": _sampled_matmul,
     "gather_matmul": _gather_matmul,
+    "adapter_matmul": _adapter_matmul,
+    "scatter_add_unique": _scatter_add_unique,
 }
 """Ops by name: from a projection, a density and a dtype to the op's case."""

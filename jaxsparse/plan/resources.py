@@ -19,6 +19,8 @@ __all__ = ["GpuKernel", "gpu_kernels"]
 _LAUNCH = re.compile(
     r"kCustomKernel .*?\] +(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), .*shared_memory: (\d+) bytes"
 )
+# Where optimised HLO names the Pallas kernel that an operation is.
+_PALLAS = re.compile(r'op_name="[^"]*?([^"/]+)/pallas_call')
 # What ptxas -v says of a kernel.
 _ASSEMBLED = re.compile(
     r"entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
@@ -50,7 +52,7 @@ class GpuKernel:
 def gpu_kernels(
     device: str, function: Callable[..., Any], arguments: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> tuple[Plan, list[GpuKernel]]:
-    """Compiles a function for a GPU that is not here, and looks at the kernels that this makes.
+    """Compiles a function for a GPU that is not here, and looks at its Pallas kernels.
 
     Args:
         device: the name of a GPU in `DEVICES`.
@@ -59,7 +61,7 @@ def gpu_kernels(
         options: of XLA's compiler.
 
     Returns:
-        The plan, and the function's kernels, without those of libraries, in the order in which they are launched.
+        The plan, and the Pallas kernels, without those that XLA makes, in the order in which they are launched.
 
     Raises:
         InputError: the device is no GPU, or what compiles for it is not installed.
@@ -70,14 +72,19 @@ def gpu_kernels(
     with tempfile.TemporaryDirectory() as folder:
         plan = compile_for(device, function, arguments, options={"xla_dump_to": folder, **(options or {})})
         assert gpu is not None
-        assembled = {}
+        ours = set(_PALLAS.findall(plan.compiled.as_text()))
+        lines = "\n".join(file.read_text() for file in Path(folder).glob("*thunk_sequence.txt"))
+        # XLA numbers kernels of one name: name, name__1, name__2.
+        launches = [launch for launch in _LAUNCH.findall(lines) if launch[0].partition("__")[0] in ours]
+        names = [launch[0] for launch in launches]
+        assembled: dict[str, tuple[int, int, int]] = {}
         for ptx in Path(folder).glob("*.ptx"):
-            if ptx.stat().st_size:
+            text = ptx.read_text()
+            if any(f".entry {name}(" in text for name in names):
                 assembled.update(_assemble(ptx, gpu.capability))
-        launches = [file.read_text() for file in Path(folder).glob("*thunk_sequence.txt")]
     return plan, [
         GpuKernel(name, int(x) * int(y) * int(z), int(threads), registers, spilled, static + int(dynamic))
-        for name, x, y, z, threads, dynamic in _LAUNCH.findall("\n".join(launches))
+        for name, x, y, z, threads, dynamic in launches
         for registers, spilled, static in [assembled[name]]
     ]
 

@@ -26,7 +26,7 @@ PRODUCT: set[tuple[int, ...]] = {(4096, 11008), (11008, 4096), (4096 * 11008,)}
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("op", [op for op, case in OPS.items() if case(LLAMA[0], 1e-4, "bfloat16").kernels])
 def test_kernels_compile_without_spills_and_fit(op: str, dtype: str) -> None:
-    shapes = LLAMA[:1] if dtype == "float32" else LLAMA if op == "gradient_topk" else LLAMA[::2]
+    shapes = LLAMA[:1] if dtype == "float32" else LLAMA if op == "gradient_topk" else LLAMA[2:4]
     bare = [each for shape in shapes for each in OPS[op](shape, 1e-4, dtype).kernels]
 
     def every(arguments: list[Any]) -> list[Any]:
@@ -36,7 +36,7 @@ def test_kernels_compile_without_spills_and_fit(op: str, dtype: str) -> None:
         _, kernels = gpu_kernels("h100", every, [[each.arguments for each in bare]], options=OPTIONS)
     except InputError as error:
         pytest.skip(str(error))
-    assert len(kernels) >= len(bare)
+    assert len(kernels) == len(bare)
     for kernel in kernels:
         assert kernel.spilled_bytes == 0, kernel
         assert kernel.shared_bytes <= DEVICES["h100"].shared_memory_of_block, kernel
