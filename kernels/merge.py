@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.blocks import power_of_2
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,7 +35,7 @@ def candidates_of_tile(k: int, tiles: int, size: int, fewest: int = 16) -> int:
         fewest: so many at least, a power of 2: where the answer lies is uneven.
     """
     share = -(-k // tiles)
-    return min(size, max(fewest, _power_of_2(4 * share)))
+    return min(size, max(fewest, power_of_2(4 * share)))
 
 
 def largest_of_tiles(
@@ -67,7 +68,7 @@ def largest_of_tiles(
 
     def second() -> Best:
         numbers = jnp.nonzero(has_more, size=again, fill_value=tiles)[0].astype(jnp.int32)
-        more = best_of(numbers, min(size, _power_of_2(k)))
+        more = best_of(numbers, min(size, power_of_2(k)))
         kept = candidates._replace(index=jnp.where(has_more[:, None], IS_NONE, candidates.index))
         both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
         return choose(_at_least(k, Best(*both)), k)
@@ -108,7 +109,3 @@ def _all_chosen(candidates: Best, chosen: Best) -> Bool[Array, " tiles"]:
     last_index = jnp.max(jnp.where(chosen_keys == last, chosen.index, IS_NONE))
     is_chosen = (keys > last) | ((keys == last) & (candidates.index <= last_index))
     return jnp.all(is_chosen & (candidates.index >= 0), axis=-1)
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

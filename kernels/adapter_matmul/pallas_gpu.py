@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxsparse.kernels.blocks import chosen_sums, inside, power_of_2
+from jaxsparse.kernels.blocks import chosen_sums, inside
 from jaxsparse.kernels.launch import triton_call
 from jaxtyping import Array, Float, Int
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxsparse.kernels.block_topk.pallas_gpu import block_topk_gpu, column_topk_gpu
 from jaxsparse.kernels.block_topk.reference import TopK, block_topk_reference, column_topk_reference
+from jaxsparse.kernels.blocks import fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxtyping import Array, Float
 
@@ -64,7 +65,7 @@ def block_topk(
         of_matrix = partial(block_topk, k=k, axis=axis, implementation=implementation)
         found = jax.lax.map(of_matrix, a.reshape(-1, *matrix))
         return TopK(*(part.reshape(*a.shape[:-2], *part.shape[1:]) for part in found))
-    reason = f"a of {a.dtype}" if a.dtype.itemsize > 4 else None
+    reason = fits_kernels(a=a)
     if axis is None:
         xla, gpu = partial(block_topk_reference, k=k), partial(block_topk_gpu, k=k)
         return run(implementation, (a.reshape(-1),), xla=xla, gpu=gpu, reason=reason)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
+from jaxsparse.kernels.blocks import fits_kernels
 from jaxsparse.kernels.gradient_topk.pallas_gpu import gradient_topk_gpu
 from jaxsparse.kernels.gradient_topk.pallas_tpu import gradient_topk_tpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
@@ -52,12 +53,7 @@ def gradient_topk(
         raise ValueError(f"x and dy must have the same tokens, got shapes {x.shape} and {dy.shape}")
     if not 1 <= k <= x.shape[1] * dy.shape[1]:
         raise ValueError(f"k must lie between 1 and {x.shape[1]} * {dy.shape[1]}, got {k}")
-    if score is not None:
-        reason = "a score of your own"
-    elif jnp.promote_types(x.dtype, dy.dtype).itemsize > 4:
-        reason = f"x and dy of {x.dtype} and {dy.dtype}"
-    else:
-        reason = None
+    reason = "a score of your own" if score is not None else fits_kernels(x=x, dy=dy)
     return run(
         implementation,
         (x, dy),
