@@ -2,7 +2,7 @@
 
 Flops and bytes are counted (experiments/ops.py says how). The roofline time is the longer of computing and moving on an
 H100: what no kernel can beat. Registers and shared memory are those of the op's kernels, compiled for an H100 that
-need not be here. CPU times are of this machine: the plain XLA version and the dense route in turns.
+need not be here. Times are of the device that is here: the op, its plain XLA version and the dense route in turns.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,9 @@ class KernelsConfig:
     compile: bool = True
     """Compile the kernels for an H100, which needs JAX's CUDA plugin and JAX_PLATFORMS=cpu."""
     rounds: int = 0
-    """How often both routes are timed on this machine's CPU; interleaved. 0: not at all."""
+    """How often the routes are timed, interleaved; 0: not at all."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where they are timed. On a GPU nothing is compiled for an absent one."""
     json: Path | None = None
     """Where to write the rows as JSON."""
 
@@ -71,8 +74,9 @@ class Row:
         roofline_s: the least time of the op on an H100.
         dense_roofline_s: the least time of the dense route.
         kernels: what its kernels take, as `GpuKernel`s; None: not compiled.
-        cpu_s: median time on this machine, and half the distance between the quartiles; None: not measured.
-        dense_cpu_s: the same of the dense route.
+        op_s: median time on this machine, and half the distance between the quartiles; None: not measured.
+        xla_s: the same of the op's plain XLA version, which on a CPU is the op.
+        dense_s: the same of the dense route.
     """
 
     op: str
@@ -82,8 +86,9 @@ class Row:
     roofline_s: float
     dense_roofline_s: float
     kernels: list[Any] | None = None
-    cpu_s: tuple[float, float] | None = None
-    dense_cpu_s: tuple[float, float] | None = None
+    op_s: tuple[float, float] | None = None
+    xla_s: tuple[float, float] | None = None
+    dense_s: tuple[float, float] | None = None
 
 
 def roofline(cost: Cost, dtype: str) -> float:
@@ -93,24 +98,26 @@ def roofline(cost: Cost, dtype: str) -> float:
     return max(cost.flops / PEAK[dtype], cost.bytes / gpu.bandwidth)
 
 
-def times(case: Case, rounds: int, seed: int = 0) -> list[tuple[float, float]]:
-    """Returns median and spread of the op's plain XLA version and of the dense route, timed in turns.
+def times(case: Case, rounds: int, calls: int, seed: int = 0) -> list[tuple[float, float]]:
+    """Returns median and spread of the op, of its plain XLA version and of the dense route, timed in turns.
 
     Args:
         case: the op.
         rounds: how often.
+        calls: one after the other and timed together: on a GPU, starting one call hides behind running another.
         seed: of the arguments.
     """
     rng = np.random.default_rng(seed)
     arguments = [jnp.asarray(argument.draw(rng)) for argument in case.arguments]
-    routes = [jax.jit(route).lower(*arguments).compile() for route in (case.sparse, case.dense)]
+    functions = (case.sparse, partial(case.sparse, implementation="xla"), case.dense)
+    routes = [jax.jit(route).lower(*arguments).compile() for route in functions]
     seconds: list[list[float]] = [[] for _ in routes]
     for turn in range(rounds + 1):
         for number, route in enumerate(routes):
             start = time.perf_counter()
-            jax.block_until_ready(route(*arguments))
+            jax.block_until_ready([route(*arguments) for _ in range(calls)])
             if turn:  # the first warms up
-                seconds[number].append(time.perf_counter() - start)
+                seconds[number].append((time.perf_counter() - start) / calls)
     quartiles = [np.percentile(each, (25, 50, 75)) for each in seconds]
     return [(float(middle), float(high - low) / 2) for low, middle, high in quartiles]
 
@@ -144,21 +151,24 @@ def _row(op: str, shape: Projection, config: KernelsConfig) -> Row:
         op, str(shape), case.cost, case.dense_cost,
         roofline(case.cost, config.dtype), roofline(case.dense_cost, config.dtype),
     )  # fmt: skip
-    if config.compile and case.kernels:
+    if config.compile and config.device == "cpu" and case.kernels:
         found = [gpu_kernels("h100", kernel.function, kernel.arguments)[1] for kernel in case.kernels]
         row = dataclasses.replace(row, kernels=[kernel for each in found for kernel in each])
     if config.rounds:
-        sparse, dense = times(case, config.rounds)
-        row = dataclasses.replace(row, cpu_s=sparse, dense_cpu_s=dense)
+        own, xla, dense = times(case, config.rounds, calls=1 if config.device == "cpu" else 8)
+        row = dataclasses.replace(row, op_s=own, xla_s=xla, dense_s=dense)
     return row
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measures, prints the table, and writes the rows."""
-    use_cpu()
     config = parse(lambda given: KernelsConfig, "python -m experiments.kernels", arguments)
+    if config.device == "cpu":
+        use_cpu()
     rows = measure(config)
-    Console().print(_table(rows))
+    console = Console()
+    # In a pipe nobody sees where a line ends.
+    (console if console.is_terminal else Console(width=200)).print(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 0
@@ -166,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _table(rows: Sequence[Row]) -> Table:
     """Every cell of costs: the op, and the dense route."""
-    names = ("op", "shape", "Gflop", "bytes", "moved / dense", "H100 µs", "registers", "shared", "CPU ms", "/ dense")
+    names = ("op", "shape", "Gflop", "bytes", "moved / dense", "H100 µs", "registers", "shared", "ms", "XLA", "dense")
     table = Table(*names)
     for row in rows:
         both = (row.cost, row.dense_cost)
@@ -180,8 +190,7 @@ def _table(rows: Sequence[Row]) -> Table:
             " | ".join(f"{seconds * 1e6:.3g}" for seconds in (row.roofline_s, row.dense_roofline_s)),
             ", ".join(str(kernel.registers) for kernel in kernels),
             ", ".join(filesize.decimal(kernel.shared_bytes) for kernel in kernels),
-            " | ".join(f"{1e3 * m:.3g} ± {1e3 * s:.2g}" for m, s in filter(None, (row.cpu_s, row.dense_cpu_s))),
-            f"{row.cpu_s[0] / row.dense_cpu_s[0]:.2f}" if row.cpu_s and row.dense_cpu_s else "",
+            *(f"{1e3 * t[0]:.3g} ± {1e3 * t[1]:.1g}" if t else "" for t in (row.op_s, row.xla_s, row.dense_s)),
         )
     return table
 

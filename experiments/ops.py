@@ -122,26 +122,26 @@ def _activations(shape: Projection, dtype: str) -> tuple[Argument, Argument]:
 
 
 def _product(x: jax.Array, dy: jax.Array) -> jax.Array:
-    return jnp.matmul(x.T, dy, preferred_element_type=x.dtype)
+    return jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
 
 
 def _gradient_topk(shape: Projection, density: float, dtype: str) -> Case:
     """Reads x and dy; candidates are written and read again; a second pass only where the answer crowds in a tile.
 
-    The dense route writes the product and reads it twice: for the sum of squares and, at the least once, for the
-    largest. Its second reading is not counted.
+    The dense route writes the product, in float32 as the op has it, and reads it twice: for the sum of squares and, at
+    the least once, for the largest. Its second reading is not counted.
     """
     x, dy = _activations(shape, dtype)
     k, size = shape.entries(density), shape.inputs * shape.outputs
     cut = gradient_topk_gpu.tiling(x.abstract, dy.abstract)
     tiles = -(-shape.inputs // cut.rows) * -(-shape.outputs // cut.columns)
-    count = candidates_of_tile(k, tiles, cut.rows * cut.columns)
+    count = candidates_of_tile(k, tiles, cut.rows * cut.columns, gradient_topk_gpu.FEWEST)
     written = tiles * count * 2 * INDEX + tiles * INDEX
 
     def dense(x: jax.Array, dy: jax.Array) -> Any:
         product = _product(x, dy)
         _, best = jax.lax.top_k(jnp.abs(product).reshape(-1), k)
-        return product.reshape(-1)[best], best, jnp.sum(jnp.square(product.astype(jnp.float32)))
+        return product.reshape(-1)[best], best, jnp.sum(jnp.square(product))
 
     bare = partial(gradient_topk_gpu.best_of_tiles, count=count, cut=cut, interpret=False)
     flops, read, answer = 2 * shape.tokens * size, _bytes(x, dy), k * 3 * INDEX
@@ -150,7 +150,7 @@ def _gradient_topk(shape: Projection, density: float, dtype: str) -> Case:
         partial(gradient_topk, k=k),
         dense,
         Cost(flops, read, 2 * written + answer),
-        Cost(flops, read, 2 * size * jnp.dtype(dtype).itemsize + answer),
+        Cost(flops, read, 2 * size * INDEX + answer),
         [Bare(bare, (x.abstract, dy.abstract, jax.ShapeDtypeStruct((tiles,), jnp.int32)))],
     )
 
@@ -189,8 +189,8 @@ def _column_topk(shape: Projection, density: float, dtype: str) -> Case:
     )
 
 
-_PASSES = 32
-"""How often column_topk reads its matrix after the first time."""
+_PASSES = 16
+"""About how often column_topk reads its matrix after the first time: 31 times if there are ties, half of that if not."""
 
 
 def _whole(function: Callable[..., Any], arguments: Sequence[Argument]) -> list[Bare]:
@@ -215,7 +215,7 @@ def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
         sparse,
         lambda x, dy, flat: _product(x, dy).reshape(-1)[flat],
         Cost(flops * k, read, k * INDEX),
-        Cost(flops * size, _bytes(x, dy, flat), size * item + k * (item + INDEX)),
+        Cost(flops * size, _bytes(x, dy, flat), size * INDEX + k * 2 * INDEX),
         _whole(sparse, (x, dy, flat)),
     )
 

@@ -10,10 +10,10 @@ from jaxsparse.common.errors import InputError
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradient_topk_moves_little_beside_x_and_dy(dtype: str) -> None:
-    """At most 5 % of what writing the product and reading it again would."""
+    """At most 5 % of what writing the product, which is summed in float32, and reading it again would."""
     for projection in PROJECTIONS:
         case = OPS["gradient_topk"](projection, 1e-4, dtype)
-        product = projection.inputs * projection.outputs * (2 if dtype == "bfloat16" else 4)
+        product = projection.inputs * projection.outputs * 4
         assert case.cost.moved_bytes <= 0.05 * 2 * product, projection
 
 
@@ -24,8 +24,8 @@ def test_every_op_runs_beside_its_dense_route() -> None:
     rows = measure(config)
     assert [row.op for row in rows] == list(OPS)
     for row in rows:
-        assert row.cpu_s is not None
-        assert row.cpu_s[0] > 0
+        assert row.op_s is not None
+        assert row.op_s[0] > 0
         assert 0 < row.roofline_s <= row.dense_roofline_s or row.op == "column_topk"
 
 
