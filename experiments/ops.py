@@ -190,7 +190,7 @@ def _column_topk(shape: Projection, density: float, dtype: str) -> Case:
 
 
 _PASSES = 16
-"""About how often column_topk reads its matrix after the first time: 31 times if there are ties, half of that if not."""
+"""About how often column_topk reads its matrix again: 31 times if there are ties, half of that if not."""
 
 
 def _whole(function: Callable[..., Any], arguments: Sequence[Argument]) -> list[Bare]:

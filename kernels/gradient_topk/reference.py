@@ -51,6 +51,8 @@ def gradient_topk_reference(
 
     def merge(pool: _Pool, tile: Array, first: Array) -> _Pool:
         is_row = (first + jnp.arange(tile.shape[0]) < inputs)[:, None]
+        # Padding times infinity is no number.
+        tile = jnp.where(is_row, tile, 0)
         # Rows that fill up the last tile never win: k entries exist without them.
         scores = jnp.where(is_row, score(tile, first), -jnp.inf).reshape(-1)
         at = largest(scores, min(k, scores.shape[0]))

@@ -136,6 +136,13 @@ def test_inside_shard_map(backend: str, rng: np.random.Generator) -> None:
     check(GradientTopK(*(field[0] for field in jax.jit(sharded)(x, dy))), x, dy, case.k)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_padding_does_not_spoil_the_norm(implementation: str) -> None:
+    """What fills up the last tile is zeros, and zero times infinity is no number."""
+    x, dy = jnp.ones((2, 7)), jnp.ones((2, 5)).at[0, 3].set(jnp.inf)
+    assert gradient_topk(x, dy, 1, implementation=implementation).squared_norm == jnp.inf
+
+
 def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have on
     x, dy = jnp.ones((2, 3)), jnp.ones((2, 4))
