@@ -198,7 +198,8 @@ def main(arguments: Sequence[str]) -> int:
     rows = []
     for group in [found] if config.together else [[case] for case in found]:
         rows += measure(model, group, data, config.rounds, config.dtype)
-    Console().print(_table(rows))
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 0
