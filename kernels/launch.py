@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ def run(
 ) -> Any:
     """Calls the implementation of an op that was asked for, or the one that is best where the program runs.
 
-    The kernels take `interpret`, which is set where neither a GPU nor a TPU is: "pallas" works everywhere, slowly.
+    What the kernels take beside arrays is bound by `partial`, but for `interpret`, which is set where neither a GPU nor
+    a TPU is: "pallas" works everywhere, slowly.
 
     Args:
         implementation: what was asked for.
@@ -56,14 +57,25 @@ def run(
         return xla(*arguments)
     routes = {}
     if gpu is not None:
-        routes["cuda"] = partial(gpu, interpret=False)
+        routes["cuda"] = _traced_once(gpu, interpret=False)
     if tpu is not None:
-        routes["tpu"] = partial(tpu, interpret=False)
+        routes["tpu"] = _traced_once(tpu, interpret=False)
     default = xla
     if implementation == "pallas":
         assert gpu is not None
-        default = partial(gpu, interpret=True)
+        default = _traced_once(gpu, interpret=True)
     return jax.lax.platform_dependent(*arguments, **routes, default=default)
+
+
+def _traced_once(kernel: Callable[..., Any], interpret: bool) -> Callable[..., Any]:
+    """The kernel, traced once for arguments alike: JAX traces the routes of all devices wherever a program runs."""
+    options = {**getattr(kernel, "keywords", {}), "interpret": interpret}
+    return partial(_jitted(getattr(kernel, "func", kernel), tuple(options)), **options)
+
+
+@cache
+def _jitted(kernel: Callable[..., Any], options: tuple[str, ...]) -> Callable[..., Any]:
+    return jax.jit(kernel, static_argnames=options)
 
 
 def triton_call(
