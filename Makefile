@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxsparse demo
 
 test: $(VENV)/.installed-test
-	$(WITH_PLUGINS) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(WITH_PLUGINS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Peak memory of training LLaMA-2-7B on an H100, compiled for one that need not be here.
 memory: $(VENV)/.installed-test

@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import dataclasses
+import gc
 import json
 import os
 from pathlib import Path
@@ -18,16 +19,22 @@ from jaxsparse.models.configs import LlamaConfig
 from jaxsparse.models.functional import LanguageModel
 
 # What takes most of the suite's time is compiling, and what is compiled runs for moments: LLVM need not try hard, and
-# XLA's older emitters, of one operation at a time, are three times as quick as its MLIR pipelines. The flags are read
-# when the first array is made, here or in a process that a test starts.
+# XLA's older emitters, of one operation at a time, are three times as quick as its MLIR pipelines. Code in parts, for
+# several threads to compile, costs a quarter more where each core has a worker. The flags are read when the first array
+# is made, here or in a process that a test starts.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
+        # XLA of JAX 0.11 has no other emitters, and ends a process that gives it a flag it does not know.
+        "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else "",
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
 ).strip()
+
+# Tracing makes millions of objects that live on in caches; looking through them for garbage is rarely worth it.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,10 @@ def test_frozen_weights_keep_their_bits(seed: int, shape: tuple, density: float,
     tx = js.gasdu(
         optax.adam(0.3), density=density, refresh_every=period, targets=js.Target("layers/kernel", stack_axes=(0,))
     )
-    state, current, touched = tx.init(params), params, set()
+    state, update, current, touched = tx.init(params), jax.jit(tx.update), params, set()
     for _ in range(5):
         gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), params)
-        updates, state = tx.update(gradients, state, current)
+        updates, state = update(gradients, state, current)
         current = optax.apply_updates(current, updates)
         touched |= {(i, int(j)) for i, row in enumerate(state.support["layers"]["kernel"]) for j in row}
     np.testing.assert_array_equal(bits(current["norm"]), bits(params["norm"]))
@@ -85,10 +85,10 @@ def test_masters_follow_their_coordinates_and_adopt_foreign_changes(rng: np.rand
     start = {"kernel": jnp.asarray(rng.uniform(1, 2, size=(3, 4)), jnp.bfloat16)}
     tx = js.gasdu(optax.sgd(1e-4), density=0.5, refresh_every=1, targets=".*")
     gradient = jnp.arange(12.0, dtype=jnp.bfloat16).reshape(3, 4)
-    state = tx.init(start)
-    _, state = tx.update({"kernel": gradient}, state, start)
+    state, update = tx.init(start), jax.jit(tx.update)
+    _, state = update({"kernel": gradient}, state, start)
     before = dict(zip(np.ravel(state.support["kernel"]), np.ravel(state.master["kernel"]), strict=True))
-    _, state = tx.update({"kernel": gradient[::-1]}, state, start)
+    _, state = update({"kernel": gradient[::-1]}, state, start)
     after = dict(zip(np.ravel(state.support["kernel"]), np.ravel(state.master["kernel"]), strict=True))
     stayed = set(before) & set(after)
     assert 0 < len(stayed) < len(after)
@@ -98,7 +98,7 @@ def test_masters_follow_their_coordinates_and_adopt_foreign_changes(rng: np.rand
         base = before[coordinate] if coordinate in stayed else flat[coordinate]
         assert after[coordinate] == pytest.approx(base - steps[coordinate], abs=1e-7)
     foreign = {"kernel": start["kernel"] + 1}
-    updates, state = tx.update({"kernel": gradient[::-1]}, state, foreign)
+    updates, state = update({"kernel": gradient[::-1]}, state, foreign)
     moved = optax.apply_updates(foreign, updates)["kernel"]
     np.testing.assert_allclose(np.float32(moved), np.float32(foreign["kernel"]), atol=1e-2)
 
@@ -112,16 +112,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(
     tx = js.gasdu(optax.adam(0.1), density=0.2, refresh_every=2, targets=".*")
     good = {"kernel": jnp.asarray(rng.normal(size=(4, 5)), dtype)}
     spoiled = {"kernel": good["kernel"].at[2, 3].set(bad)}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
-        updates, state = tx.update(good, state, params)
+        updates, state = update(good, state, params)
         params = optax.apply_updates(params, updates)
-    updates, after = tx.update(spoiled, state, params)  # a refresh is due
+    updates, after = update(spoiled, state, params)  # a refresh is due
     np.testing.assert_array_equal(bits(optax.apply_updates(params, updates)["kernel"]), bits(params["kernel"]))
     assert int(after.progress.skipped) == 1
     restored = after._replace(progress=after.progress._replace(skipped=state.progress.skipped))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    _, after = tx.update(good, after, params)  # the refresh is made up for
+    _, after = update(good, after, params)  # the refresh is made up for
     assert int(after.progress.last_refresh) == 2
 
 
@@ -150,10 +150,10 @@ def test_linen_nnx_and_plain_trees_train_alike(rng: np.random.Generator) -> None
 
     def train(params: Any, apply: Any) -> list[tuple[str, Any]]:
         tx = make()
-        state = tx.init(params)
+        state, update = tx.init(params), jax.jit(tx.update)
+        gradient = jax.jit(jax.grad(lambda params: jnp.mean((apply(params) - y) ** 2)))
         for _ in range(5):
-            gradients = jax.grad(lambda params: jnp.mean((apply(params) - y) ** 2))(params)
-            updates, state = tx.update(gradients, state, params)
+            updates, state = update(gradient(params), state, params)
             params = optax.apply_updates(params, updates)
         return flatten_with_paths(params)[0]
 
@@ -188,11 +188,12 @@ def test_scan_and_vmap_equal_a_python_loop(rng: np.random.Generator) -> None:
         return jax.lax.scan(step, (params, tx.init(params)), gradients)[0]
 
     batched, _ = jax.vmap(scanned, in_axes=(0, 1))(params, gradients)
+    one_step = jax.jit(step)
     for run in range(3):
         alone = {"kernel": params["kernel"][run]}
         carry = (alone, tx.init(alone))
         for gradient in gradients["kernel"]:
-            carry, _ = step(carry, {"kernel": gradient[run]})
+            carry, _ = one_step(carry, {"kernel": gradient[run]})
         np.testing.assert_allclose(batched["kernel"][run], carry[0]["kernel"], rtol=1e-5, atol=1e-6)
 
 

@@ -148,6 +148,12 @@ def flat_support(name: str, support: np.ndarray) -> np.ndarray:
     return rows(support).ravel() if slices else support.ravel()
 
 
+@jax.jit
+@jax.grad
+def gradient_of_a_layer(params: dict, features: np.ndarray, goal: np.ndarray) -> jax.Array:
+    return jnp.sum(jnp.tanh(features @ params["layers"]["kernel"] - goal) ** 2)
+
+
 @pytest.mark.parametrize("adam", [True, False], ids=["adam", "sgd"])
 @pytest.mark.parametrize("name", METHODS)
 def test_follows_its_paper(name: str, adam: bool, rng: np.random.Generator) -> None:
@@ -158,10 +164,9 @@ def test_follows_its_paper(name: str, adam: bool, rng: np.random.Generator) -> N
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, start)
         tx = constructor(optax.adam(0.05) if adam else optax.sgd(0.05), targets=[TARGET], seed=7, **options)
-        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.tanh(features @ p["layers"]["kernel"] - goal) ** 2)))
         state, update, peers = tx.init(params), jax.jit(tx.update), [make_peer() for _ in range(LAYERS)]
         for _ in range(STEPS):
-            gradients = gradient(params)
+            gradients = gradient_of_a_layer(params, features, goal)
             before = np.asarray(params["layers"]["kernel"])
             updates, state = update(gradients, state, params)
             params = optax.apply_updates(params, updates)
@@ -212,10 +217,10 @@ def test_paca_is_cheap_lora_at_alpha_equal_to_rank(one: str, other: str, rng: np
     results = []
     for name, options in ((one, {}), (other, {"alpha": 3.0})):
         tx = getattr(js, name)(optax.adam(0.1), rank=3, seed=5, targets="kernel", **chain, **options)
-        state, current = tx.init(params), params
+        state, update, current = tx.init(params), jax.jit(tx.update), params
         for step in range(10):
             gradient = {"kernel": jnp.sin(current["kernel"] * (step + 1))}
-            updates, state = tx.update(gradient, state, current)
+            updates, state = update(gradient, state, current)
             current = optax.apply_updates(current, updates)
         results.append(current["kernel"])
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
@@ -227,9 +232,9 @@ def test_c3la_visits_every_input(inputs: int, rank: int, rng: np.random.Generato
     """Proposition 1, and where the rank does not divide the inputs too: the window wraps."""
     params = {"kernel": jnp.asarray(rng.normal(size=(inputs, 4)), jnp.float32)}
     tx = js.c3la(optax.sgd(0.1), rank=rank, chain_every=2, targets="kernel")
-    state, current = tx.init(params), params
+    state, update, current = tx.init(params), jax.jit(tx.update), params
     for _ in range(2 * -(-inputs // rank)):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, current)
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, current)
         current = optax.apply_updates(current, updates)
     assert np.all(current["kernel"] != params["kernel"])
 
@@ -238,9 +243,9 @@ def test_chains_keep_what_was_learnt_and_the_rate_does_not_restart(rng: np.rando
     params = {"kernel": jnp.zeros((4, 2))}
     rate = optax.linear_schedule(1.0, 0.0, 8)
     tx = js.c3la(optax.identity(), rank=1, alpha=1.0, chain_every=2, learning_rate=rate, targets="kernel")
-    state, current, moves = tx.init(params), params, []
+    state, update, current, moves = tx.init(params), jax.jit(tx.update), params, []
     for _ in range(6):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, current)
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, current)
         moves.append(float(-jnp.sum(updates["kernel"][:, 0])))
         current = optax.apply_updates(current, updates)
     np.testing.assert_allclose(moves, [1 - step / 8 for step in range(6)])

@@ -51,6 +51,11 @@ class Compiled:
     def __init__(self, row: Row, inner: str) -> None:
         self.tx = make(row, inner)
         self.init, self.update = jax.jit(self.tx.init), jax.jit(self.tx.update)
+        self.donating_step = jax.jit(self._step, donate_argnums=(0, 1))
+
+    def _step(self, params: dict, state: Any, loss: Any) -> tuple[dict, Any]:
+        updates, state = self.tx.update(jax.grad(loss)(params), state, params, unexpected=1)
+        return optax.apply_updates(params, updates), state
 
 
 @functools.cache
@@ -58,16 +63,21 @@ def compiled(name: str, inner: str) -> Compiled:
     return Compiled(next(row for row in ROWS if row.name == name), inner)
 
 
+def parabola(target: dict, params: dict) -> jax.Array:
+    return sum(jnp.sum(jnp.square((params[name] - target[name]).astype(jnp.float32))) for name in target)
+
+
+@jax.jit
+def gradients_of(loss: Any, params: dict) -> dict:
+    return jax.grad(loss)(params)
+
+
 def problem(rng: np.random.Generator, dtype: Any = jnp.float32) -> tuple[dict, Any]:
-    """A parabola with two matrices, one of which may be a stack of layers, and its gradient."""
+    """Two matrices, one of which may be a stack of layers, and a parabola over them, which is a pytree."""
     shapes = {"a": (2, 3), LAYERS: (5, 2)}
     target = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), target)
-
-    def loss(params: dict) -> jax.Array:
-        return sum(jnp.sum(jnp.square((params[name] - target[name]).astype(jnp.float32))) for name in target)
-
-    return params, loss
+    return params, jax.tree_util.Partial(parabola, target)
 
 
 def compilations(function: Any, *args: Any) -> int:
@@ -88,17 +98,11 @@ def compilations(function: Any, *args: Any) -> int:
 
 @inners
 def test_accepts_extra_arguments_and_does_not_recompile(row: Row, inner: str, rng: np.random.Generator) -> None:
-    tx = make(row, inner)
+    method = compiled(row.name, inner)
     params, loss = problem(rng)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params, unexpected=1)
-        return optax.apply_updates(params, updates), state
-
-    params, state = step(params, jax.jit(tx.init)(params))
-    assert compilations(step, params, state) == 0
-    assert compilations(jax.jit(lambda x: x * rng.normal()), params["a"]) > 0  # the counter counts
+    params, state = method.donating_step(params, method.init(params), loss)
+    assert compilations(method.donating_step, params, state, loss) == 0
+    assert compilations(jax.jit(lambda x: x * rng.normal()), jnp.ones(3)) > 0  # the counter counts
 
 
 @inners
@@ -123,7 +127,7 @@ def test_state_survives_tree_map_params(row: Row, inner: str, rng: np.random.Gen
     method = compiled(row.name, inner)
     tx = method.tx
     params, loss = problem(rng)
-    _, state = method.update(jax.grad(loss)(params), method.init(params), params)
+    _, state = method.update(gradients_of(loss, params), method.init(params), params)
     mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     marked = optax.tree.map_params(tx, lambda _: True, state, transform_non_params=lambda _: False)
@@ -138,7 +142,7 @@ def test_inner_state_has_one_entry_for_everything_that_trains(row: Row, rng: np.
     params, loss = problem(rng)
     state = method.init(params)
     for _ in range(row.looks + 1):
-        updates, state = method.update(jax.grad(loss)(params), state, params)
+        updates, state = method.update(gradients_of(loss, params), state, params)
     moved = sum(int(jnp.sum(leaf != 0)) for leaf in jax.tree.leaves(updates))
     moments = jax.tree.leaves(row.moments(state))
     if row.slots is not None:
@@ -162,7 +166,7 @@ def test_equals_itself_under_inject_hyperparams(row: Row, inner: str, rng: np.ra
     state, injected_state = method.init(params), jax.jit(injected.init)(params)
     injected_update = jax.jit(injected.update)
     for _ in range(4):
-        gradients = jax.grad(loss)(params)
+        gradients = gradients_of(loss, params)
         updates, state = method.update(gradients, state, params)
         injected_updates, injected_state = injected_update(gradients, injected_state, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, injected_updates)
@@ -181,7 +185,7 @@ def test_parameters_keep_their_dtype_and_state_its_types(
     params, loss = problem(rng, dtype)
     with row.warning(dtype):
         state = method.tx.init(params)
-    updates, new_state = method.update(jax.grad(loss)(params), state, params)
+    updates, new_state = method.update(gradients_of(loss, params), state, params)
     expected = jnp.dtype(dtype) if inner == "none" else jnp.dtype(jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {expected}
     assert {leaf.dtype for leaf in jax.tree.leaves(optax.apply_updates(params, updates))} == {jnp.dtype(dtype)}
@@ -201,7 +205,7 @@ def test_multi_steps_emits_nothing_until_the_last_micro_batch(
         state, plain_state = accumulated.init(params), method.tx.init(params)
     update = jax.jit(accumulated.update)
     for step in range(6):
-        gradients = jax.grad(loss)(params)
+        gradients = gradients_of(loss, params)
         updates, state = update(gradients, state, params)
         if step % 3 < 2:
             assert not any(np.any(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(updates))
@@ -227,7 +231,7 @@ def test_inner_schedule_equals_constant(row: Row, rng: np.random.Generator) -> N
     for init, update in ((constant.init, constant.update), (jax.jit(scheduled.init), jax.jit(scheduled.update))):
         current, state = params, init(params)
         for _ in range(5):
-            updates, state = update(jax.grad(loss)(current), state, current)
+            updates, state = update(gradients_of(loss, current), state, current)
             current = optax.apply_updates(current, updates)
         results.append(current)
     jax.tree.map(np.testing.assert_array_equal, *results)
@@ -245,15 +249,10 @@ def test_init_works_on_shapes_alone(row: Row, rng: np.random.Generator) -> None:
 def test_a_step_may_donate_parameters_and_state(row: Row, rng: np.random.Generator) -> None:
     method = compiled(row.name, "adam")
     params, loss = problem(rng)
-
-    def step(params, state):
-        updates, state = method.tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
     state = method.init(params)
-    updates, _ = method.update(jax.grad(loss)(params), state, params)
+    updates, _ = method.update(gradients_of(loss, params), state, params)
     expected = optax.apply_updates(params, updates)
-    moved, _ = jax.jit(step, donate_argnums=(0, 1))(params, state)
+    moved, _ = method.donating_step(params, state, loss)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
 
 
@@ -261,18 +260,25 @@ def test_a_step_may_donate_parameters_and_state(row: Row, rng: np.random.Generat
 def test_trains_its_part_under_masked_and_partition(row: Row, inner: str, rng: np.random.Generator) -> None:
     """What optax's wrappers leave out is no weight of ours, and what they leave in trains as if it were alone."""
     params, loss = problem(rng)
-    gradients = jax.grad(loss)(params)
-    method = compiled(row.name, inner)
-    ours = {LAYERS: params[LAYERS]}
-    alone, _ = method.update({LAYERS: gradients[LAYERS]}, method.init(ours), ours)
+    tx = compiled(row.name, inner).tx
     labels = {"a": "other", LAYERS: "ours"}
     wrapped = {
-        "masked": optax.masked(method.tx, {"a": False, LAYERS: True}),
-        "partition": optax.partition({"ours": method.tx, "other": optax.sgd(0.1)}, labels),
+        "masked": optax.masked(tx, {"a": False, LAYERS: True}),
+        "partition": optax.partition({"ours": tx, "other": optax.sgd(0.1)}, labels),
     }
-    for tx in wrapped.values():
-        updates, _ = jax.jit(tx.update)(gradients, jax.jit(tx.init)(params), params)
-        np.testing.assert_allclose(updates[LAYERS], alone[LAYERS], rtol=1e-5, atol=1e-7)
+
+    @jax.jit
+    def updates(params: dict) -> tuple[Any, dict[str, Any]]:
+        def of(tx: Any, params: dict, gradients: dict) -> Any:
+            return tx.update(gradients, tx.init(params), params)[0][LAYERS]
+
+        gradients = jax.grad(loss)(params)
+        alone = of(tx, {LAYERS: params[LAYERS]}, {LAYERS: gradients[LAYERS]})
+        return alone, {name: of(wrapper, params, gradients) for name, wrapper in wrapped.items()}
+
+    alone, found = updates(params)
+    for update in found.values():
+        np.testing.assert_allclose(update, alone, rtol=1e-5, atol=1e-7)
 
 
 @rows

@@ -115,9 +115,9 @@ def test_an_endless_period_is_the_fixed_mask(rng: np.random.Generator) -> None:
 def test_refreshes_at_step_0_and_every_period(period: int, rng: np.random.Generator) -> None:
     params, gradients = random_trees(rng, 9)
     tx = js.gasdu(density=0.2, refresh_every=period, targets=".*")
-    state, supports = tx.init(params), []
+    state, supports, update = tx.init(params), [], jax.jit(tx.update)
     for gradient in gradients:
-        _, state = tx.update(gradient, state)
+        _, state = update(gradient, state)
         supports.append(np.asarray(state.support["kernel"][0]))
     for step, support in enumerate(supports):
         np.testing.assert_array_equal(support, numpy_topk(gradients[step - step % period]["kernel"], 6))
@@ -127,9 +127,9 @@ def test_refreshes_at_step_0_and_every_period(period: int, rng: np.random.Genera
 def test_a_schedule_of_periods_is_followed(rng: np.random.Generator) -> None:
     params, gradients = random_trees(rng, 12)
     tx = js.gasdu(density=0.2, refresh_every=lambda step: jnp.where(step < 4, 1, 4), targets=".*")
-    state, picked = tx.init(params), []
+    state, picked, update = tx.init(params), [], jax.jit(tx.update)
     for gradient in gradients:
-        _, state = tx.update(gradient, state)
+        _, state = update(gradient, state)
         picked.append(int(state.progress.last_refresh))
     assert sorted(set(picked)) == [0, 1, 2, 3, 7, 11]
 
@@ -139,9 +139,9 @@ def test_adaptive_refreshes_when_retention_falls_and_not_before_the_minimum(rng:
     first[0], other[3] = rng.normal(size=4), rng.normal(size=4)
     first, other = ({"kernel": jnp.asarray(g)} for g in (first, other))
     tx = js.gasdu(density=0.25, refresh_every=js.adaptive(0.9, minimum=3, maximum=6), targets=".*")
-    state, picked = tx.init(first), []
+    state, picked, update = tx.init(first), [], jax.jit(tx.update)
     for gradient in [first, other, other, other, other] + [other] * 7:
-        _, state = tx.update(gradient, state)
+        _, state = update(gradient, state)
         picked.append(int(state.progress.last_refresh))
     assert picked[:4] == [0, 0, 0, 3]  # fell at once, waited for the minimum
     assert picked[4:] == [3, 3, 3, 3, 3, 9, 9, 9]  # stays high: only the maximum refreshes

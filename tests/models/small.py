@@ -1,6 +1,7 @@
 """Small models that between them use every option of both families, and random input for them."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,10 +68,15 @@ def random_rows(rng: np.random.Generator, batch: int, length: int) -> Rows:
     )
 
 
+@functools.cache
+def shapes(model: Any, dtype: Any) -> dict[str, Any]:
+    """The shapes of a model's parameters, for which it is traced once."""
+    return model.abstract(dtype)
+
+
 def random_params(model: Any, rng: np.random.Generator, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Parameters of size 0.2 throughout, biases and norms too: large enough that every one of them matters."""
-    abstract = model.abstract(dtype)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(1.0 if leaf.ndim == 1 else 0.0, 0.2, leaf.shape), leaf.dtype),
-        abstract,
+        shapes(model, dtype),
     )
