@@ -48,8 +48,14 @@ def slices_reference(
     dtype = accumulation_dtype(x, values)
 
     def product(x: Array, index: Array, values: Array) -> Array:
-        precision = jax.lax.Precision.HIGHEST
-        return jnp.matmul(x[:, index], values, precision=precision, preferred_element_type=dtype)
+        # Transposed, each slice is a row; and XLA on CPU cannot multiply gathered columns of bfloat16.
+        return jax.lax.dot_general(
+            x.T[index],
+            values,
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
 
     return _by_adapter(x, adapter_of_token, index, values, values.shape[2], product)
 

@@ -96,6 +96,13 @@ def test_slices_of_every_token_are_those_of_its_adapter(
     close(found, by_token(x, adapter_of_token, matrices), k)
 
 
+def test_slices_of_bfloat16_can_be_multiplied_on_cpu() -> None:
+    """At this size, XLA cannot multiply x[:, index] with anything."""
+    x, index, values = jnp.ones((32, 64), "bfloat16"), jnp.zeros((1, 16), jnp.int32), jnp.ones((1, 16, 96), "bfloat16")
+    found = jax.jit(adapter_slices_matmul)(x, jnp.zeros(32, jnp.int32), index, values)
+    np.testing.assert_array_equal(found, np.full((32, 96), 16))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_adapter_that_is_broken_breaks_no_other_token(implementation: Any) -> None:
     x, adapter_of_token = jnp.ones((4, 5)), jnp.array([0, 1, -1, 0])
