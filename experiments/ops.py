@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxsparse.kernels import (
     adapter_matmul,
+    adapter_slices_matmul,
     block_topk,
     gather_matmul,
     gradient_topk,
     sampled_matmul,
     scatter_add_unique,
+    scatter_unique,
 )
 from jaxsparse.kernels.block_topk import pallas_gpu as block_topk_gpu
 from jaxsparse.kernels.gradient_topk import pallas_gpu as gradient_topk_gpu
@@ -193,9 +195,19 @@ _PASSES = 16
 """About how often column_topk reads its matrix again: 31 times if there are ties, half of that if not."""
 
 
+NEURON = 20
+"""Entries of an output, and slices of an adapter, for which the kernels of these forms are compiled."""
+
+
 def _whole(function: Callable[..., Any], arguments: Sequence[Argument]) -> list[Bare]:
     """The op's kernels, with whatever XLA adds around them."""
     return [Bare(partial(function, implementation="pallas"), [argument.abstract for argument in arguments])]
+
+
+def _of_neurons(shape: Projection, dtype: str, *lead: int) -> tuple[Argument, Argument]:
+    """Indices and values of some entries of every output."""
+    sizes = (*lead, NEURON, shape.outputs)
+    return Argument(sizes, "int32", below=shape.inputs), Argument(sizes, dtype)
 
 
 def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
@@ -216,7 +228,7 @@ def _sampled_matmul(shape: Projection, density: float, dtype: str) -> Case:
         lambda x, dy, flat: _product(x, dy).reshape(-1)[flat],
         Cost(flops * k, read, k * INDEX),
         Cost(flops * size, _bytes(x, dy, flat), size * INDEX + k * 2 * INDEX),
-        _whole(sparse, (x, dy, flat)),
+        _whole(sparse, (x, dy, flat)) + _whole(sampled_matmul, (x, dy, _of_neurons(shape, dtype)[0])),
     )
 
 
@@ -230,14 +242,20 @@ def _gather_matmul(shape: Projection, density: float, dtype: str) -> Case:
         matrix = jnp.zeros(size, x.dtype).at[flat].set(values, unique_indices=True)
         return jnp.matmul(x, matrix.reshape(shape.inputs, shape.outputs), preferred_element_type=jnp.float32)
 
-    result = shape.tokens * shape.outputs * INDEX
+    def transposed(x: jax.Array, index: jax.Array, values: jax.Array, implementation: str) -> jax.Array:
+        """What the backward pass multiplies by."""
+        return jax.grad(lambda x: jnp.sum(gather_matmul(x, index, values, implementation=implementation)))(x)
+
+    result, neurons = shape.tokens * shape.outputs * INDEX, (x, *_of_neurons(shape, dtype))
     return Case(
         (x, flat, values),
         partial(gather_matmul, outputs=shape.outputs),
         dense,
         Cost(2 * shape.tokens * k, min(_bytes(x), k * shape.tokens * item) + _bytes(flat, values), result),
         Cost(2 * shape.tokens * size, _bytes(x, flat, values), 2 * size * item + result),
-        _whole(partial(gather_matmul, outputs=shape.outputs), (x, flat, values)),
+        _whole(partial(gather_matmul, outputs=shape.outputs), (x, flat, values))
+        + _whole(gather_matmul, neurons)
+        + _whole(transposed, neurons),
     )
 
 
@@ -266,6 +284,18 @@ def _adapter_matmul(shape: Projection, density: float, dtype: str) -> Case:
         start = jnp.zeros((shape.tokens, shape.outputs), jnp.float32)
         return jax.lax.scan(add, start, jnp.arange(ADAPTERS))[0]
 
+    def of_neurons(
+        x: jax.Array, chosen: jax.Array, index: jax.Array, values: jax.Array, implementation: str
+    ) -> jax.Array:
+        return adapter_matmul(x, chosen[0], index, values, implementation=implementation)
+
+    def of_slices(
+        x: jax.Array, chosen: jax.Array, index: jax.Array, values: jax.Array, implementation: str
+    ) -> jax.Array:
+        return adapter_slices_matmul(x, chosen[0], index, values, implementation=implementation)
+
+    index, entries = _of_neurons(shape, dtype, ADAPTERS)
+    slices = Argument((ADAPTERS, NEURON), "int32", below=shape.inputs)
     # A token is multiplied by its own adapter alone.
     result, arguments = shape.tokens * shape.outputs * INDEX, (x, chosen, flat, values)
     return Case(
@@ -274,7 +304,9 @@ def _adapter_matmul(shape: Projection, density: float, dtype: str) -> Case:
         dense,
         Cost(2 * shape.tokens * k, _bytes(*arguments), result),
         Cost(2 * shape.tokens * size, _bytes(*arguments), 2 * ADAPTERS * size * item + result),
-        _whole(sparse, arguments),
+        _whole(sparse, arguments)
+        + _whole(of_neurons, (x, chosen, index, entries))
+        + _whole(of_slices, (x, chosen, slices, entries)),
     )
 
 
@@ -294,7 +326,7 @@ def _scatter_add_unique(shape: Projection, density: float, dtype: str) -> Case:
         dense,
         Cost(k, _bytes(flat, values) + k * item, k * item),
         Cost(size, _bytes(w, flat, values), 3 * size * item),
-        _whole(scatter_add_unique, (w, flat, values)),
+        _whole(scatter_add_unique, (w, flat, values)) + _whole(scatter_unique, (w, flat, Argument((k,), dtype))),
     )
 
 

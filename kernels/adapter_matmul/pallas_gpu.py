@@ -113,7 +113,7 @@ def slices_gpu(
         interpret: run it as plain JAX.
         cut: how the product is cut.
     """
-    cut = cut or Tiling(16, 128, 16)
+    cut = cut or Tiling(16, 128 if jnp.promote_types(x.dtype, values.dtype).itemsize < 4 else 64, 16)
     return _call(_slices, x, (x, adapter_of_token, index, values), values.shape[2], cut, interpret, "slices")
 
 
