@@ -1,6 +1,7 @@
-"""Operations on sparse subspaces that depend on jax alone; the fused engine calls them.
+"""Operations on sparse subspaces that depend on jax and jaxtyping alone; the fused engine calls them.
 
-An op is a folder: `reference.py` is plain XLA, `op.py` checks arguments and chooses an implementation.
+An op is a folder: `op.py` checks arguments and chooses an implementation, `reference.py` is plain XLA, `pallas_gpu.py`
+and `pallas_tpu.py` are kernels.
 """
 
 from jaxsparse.kernels.adapter_matmul.op import adapter_matmul as adapter_matmul

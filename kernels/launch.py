@@ -32,8 +32,8 @@ def run(
 ) -> Any:
     """Calls the implementation of an op that was asked for, or the one that is best where the program runs.
 
-    What the kernels take beside arrays is bound by `partial`, but for `interpret`, which is set where neither a GPU nor
-    a TPU is: "pallas" works everywhere, slowly.
+    Derivatives are those of plain XLA. What the kernels take beside arrays is bound by `partial`, but for `interpret`,
+    which is set where neither a GPU nor a TPU is: "pallas" works everywhere, slowly.
 
     Args:
         implementation: what was asked for.
@@ -57,13 +57,13 @@ def run(
         return xla(*arguments)
     routes = {}
     if gpu is not None:
-        routes["cuda"] = _traced_once(gpu, interpret=False)
+        routes["cuda"] = _with_slopes_of(xla, _traced_once(gpu, interpret=False))
     if tpu is not None:
-        routes["tpu"] = _traced_once(tpu, interpret=False)
+        routes["tpu"] = _with_slopes_of(xla, _traced_once(tpu, interpret=False))
     default = xla
     if implementation == "pallas":
         assert gpu is not None
-        default = _traced_once(gpu, interpret=True)
+        default = _with_slopes_of(xla, _traced_once(gpu, interpret=True))
     return jax.lax.platform_dependent(*arguments, **routes, default=default)
 
 
@@ -71,6 +71,17 @@ def _traced_once(kernel: Callable[..., Any], interpret: bool) -> Callable[..., A
     """The kernel, traced once for arguments alike: JAX traces the routes of all devices wherever a program runs."""
     options = {**getattr(kernel, "keywords", {}), "interpret": interpret}
     return partial(_jitted(getattr(kernel, "func", kernel), tuple(options)), **options)
+
+
+def _with_slopes_of(xla: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, differentiated as plain XLA is: Pallas itself cannot be."""
+
+    @jax.custom_jvp
+    def call(*arrays: jax.Array) -> Any:
+        return kernel(*arrays)
+
+    call.defjvp(lambda primals, tangents: jax.jvp(xla, primals, tangents))
+    return call
 
 
 @cache

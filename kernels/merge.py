@@ -38,9 +38,14 @@ def candidates_of_tile(k: int, tiles: int, size: int, fewest: int = 16) -> int:
     return min(size, max(fewest, power_of_2(4 * share)))
 
 
+MORE = 8
+"""So many times as many candidates are taken of a tile that is looked at a second time."""
+
+
 def largest_of_tiles(
     candidates: Best,
     best_of: Callable[[Int[Array, " n"], int], Best],
+    otherwise: Callable[[], Best],
     *,
     size: int,
     k: int,
@@ -49,11 +54,13 @@ def largest_of_tiles(
     """Returns the k largest entries in magnitude, best first, ties to the lowest index.
 
     A tile may hold more of the answer than its candidates. It does only if all of these are in the answer, so that at
-    most k // count tiles can: they are looked at a second time, for as many as the answer could take.
+    most k // count tiles can: they are looked at a second time, for 8 times as many, which are at most 8 k. Where even
+    that is too few, the answer is found otherwise.
 
     Args:
         candidates: the largest entries of every tile, (tiles, count); ties went to the lowest index.
         best_of: from numbers of tiles and a count to the like of some tiles; to none for tiles beyond the last.
+        otherwise: the answer by another way, which may take longer.
         size: entries of a tile, a power of 2.
         k: how many entries.
         choose: the best of some entries, in any order; None: by sorting all of them.
@@ -68,10 +75,13 @@ def largest_of_tiles(
 
     def second() -> Best:
         numbers = jnp.nonzero(has_more, size=again, fill_value=tiles)[0].astype(jnp.int32)
-        more = best_of(numbers, min(size, power_of_2(k)))
+        more = best_of(numbers, min(size, MORE * count))
         kept = candidates._replace(index=jnp.where(has_more[:, None], IS_NONE, candidates.index))
         both = (jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(kept, more, strict=True))
-        return choose(_at_least(k, Best(*both)), k)
+        found = choose(_at_least(k, Best(*both)), k)
+        if MORE * count >= size:
+            return found
+        return jax.lax.cond(jnp.any(_all_chosen(more, found)), otherwise, lambda: found)
 
     return in_order(jax.lax.cond(jnp.any(has_more), second, lambda: first))
 

@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxsparse.kernels.adapter_matmul.pallas_gpu import entries_gpu, neurons_gpu, slices_gpu
 from jaxsparse.kernels.adapter_matmul.reference import entries_reference, neurons_reference, slices_reference
-from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.tiles import accumulation_dtype
 from jaxtyping import Array, Float, Int
@@ -54,7 +54,7 @@ def adapter_matmul(
                [  0.],
                [ 50.]], dtype=float32)
     """
-    _check(x, adapter_of_token, index)
+    adapter_of_token, index = _checked(x, adapter_of_token, index)
     if index.shape != values.shape:
         raise ValueError(f"index and values must have one shape, got {index.shape} and {values.shape}")
     if index.ndim != (3 if outputs is None else 2):
@@ -62,6 +62,8 @@ def adapter_matmul(
         raise ValueError(f"index must be {form}, got shape {index.shape}")
     if outputs is not None and outputs < 1:
         raise ValueError(f"outputs must be at least 1, got {outputs}")
+    if outputs is not None:
+        check_size(x.shape[1], outputs)
     if index.size == 0 or x.size == 0:
         return jnp.zeros((x.shape[0], outputs or index.shape[-1]), accumulation_dtype(x, values))
     arguments, reason = (x, adapter_of_token, index, values), fits_kernels(x=x, values=values)
@@ -107,7 +109,7 @@ def adapter_slices_matmul(
         >>> adapter_slices_matmul(jnp.array([[1.0, 2.0]]), jnp.array([0]), jnp.array([[1]]), jnp.array([[[3.0, 4.0]]]))
         Array([[6., 8.]], dtype=float32)
     """
-    _check(x, adapter_of_token, index)
+    adapter_of_token, index = _checked(x, adapter_of_token, index)
     if values.ndim != 3 or values.shape[:2] != index.shape:
         raise ValueError(f"values must be {index.shape} + (outputs,) as index is {index.shape}, got {values.shape}")
     if values.size == 0 or x.size == 0:
@@ -121,12 +123,10 @@ def adapter_slices_matmul(
     )
 
 
-def _check(x: Array, adapter_of_token: Array, index: Array) -> None:
+def _checked(x: Array, adapter_of_token: Array, index: Array) -> tuple[Array, Array]:
     if x.ndim != 2:
         raise ValueError(f"x must be (tokens, inputs), got shape {x.shape}")
     if adapter_of_token.shape != x.shape[:1]:
         given = f"as x has so many tokens, got {adapter_of_token.shape}"
         raise ValueError(f"adapter_of_token must be ({x.shape[0]},), {given}")
-    for name, array in (("adapter_of_token", adapter_of_token), ("index", index)):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    return as_index("adapter_of_token", adapter_of_token), as_index("index", index)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.blocks import split_flat
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_start
 from jaxtyping import Array, Float, Int
@@ -31,9 +32,7 @@ def entries_reference(
     """Returns y[t] = x[t] @ D[a], where D has values at flat indices row * outputs + column."""
 
     def product(x: Array, index: Array, values: Array) -> Array:
-        is_entry = (index >= 0) & (index < x.shape[1] * outputs)
-        place = jnp.where(is_entry, index, 0)
-        return entries_product(x, place // outputs, place % outputs, jnp.where(is_entry, values, 0), outputs)
+        return entries_product(x, *split_flat(index, values, x.shape[1], outputs)[:3], outputs)
 
     return _by_adapter(x, adapter_of_token, index, values, outputs, product)
 

@@ -6,15 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxsparse.kernels.block_topk.pallas_gpu import block_topk_gpu, column_topk_gpu
 from jaxsparse.kernels.block_topk.reference import TopK, block_topk_reference, column_topk_reference
-from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.blocks import check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxtyping import Array, Float
 
 __all__ = ["TopK", "block_topk"]
-
-XLA_IS_FAST = 16
-"""Up to so many entries of a row XLA has a kernel of its own, and does not sort (4096 x 4096 on an H200: 104 us for
-k = 1 and 1082 for k = 20, where `column_topk_gpu` takes 649 and 772)."""
 
 
 def block_topk(
@@ -26,8 +22,8 @@ def block_topk(
 ) -> TopK:
     """Returns the k entries of a matrix that are largest in magnitude; exact, without sorting the matrix.
 
-    Ties go to the lowest index, and NaN counts as larger than any number, as in `lax.top_k`. On a GPU, blocks of the
-    matrix choose their candidates on chip, so that it is read once.
+    Ties go to the lowest index, and NaN counts as larger than any number, as in `lax.top_k`. On a GPU, blocks of a
+    matrix choose their candidates on chip, so that it is read once, or a little more where one block has many.
 
     Args:
         a: a matrix, or a stack of matrices, each by itself.
@@ -65,10 +61,10 @@ def block_topk(
         of_matrix = partial(block_topk, k=k, axis=axis, implementation=implementation)
         found = jax.lax.map(of_matrix, a.reshape(-1, *matrix))
         return TopK(*(part.reshape(*a.shape[:-2], *part.shape[1:]) for part in found))
+    check_size(*matrix)
     reason = fits_kernels(a=a)
     if axis is None:
         xla, gpu = partial(block_topk_reference, k=k), partial(block_topk_gpu, k=k)
         return run(implementation, (a.reshape(-1),), xla=xla, gpu=gpu, reason=reason)
     xla, gpu = partial(column_topk_reference, k=k), partial(column_topk_gpu, k=k)
-    is_faster = implementation == "pallas" or k > XLA_IS_FAST
-    return run(implementation, (a,), xla=xla, gpu=gpu if is_faster else None, reason=reason)
+    return run(implementation, (a,), xla=xla, gpu=gpu, reason=reason)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxsparse.kernels.block_topk.reference import TopK
+from jaxsparse.kernels.block_topk.reference import TopK, block_topk_reference
 from jaxsparse.kernels.launch import triton_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
@@ -66,7 +66,11 @@ def block_topk_gpu(
     count = count or candidates_of_tile(k, blocks, cut.size)
     best_of = partial(best_of_blocks, a, cut=cut, interpret=interpret)
     candidates = best_of(jnp.arange(blocks, dtype=jnp.int32), count)
-    best = largest_of_tiles(candidates, best_of, size=cut.size, k=k)
+
+    def otherwise() -> Best:
+        return Best(*block_topk_reference(a, k=k))
+
+    best = largest_of_tiles(candidates, best_of, otherwise, size=cut.size, k=k)
     return TopK(best.values, best.index)
 
 
@@ -151,7 +155,7 @@ def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, colu
 
     def count(threshold: Array) -> Array:
         def add(number: Array, total: Array) -> Array:
-            return total + jnp.sum((block(number)[0] >= threshold[None, :]).astype(jnp.int32), axis=0)
+            return total + jnp.sum(block(number)[0] >= threshold[None, :], axis=0, dtype=jnp.int32)
 
         return jax.lax.fori_loop(0, steps, add, jnp.zeros(cut.columns, jnp.int32))
 
@@ -163,7 +167,7 @@ def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, colu
 
     def is_open(state: tuple[Array, Array, Array]) -> Array:
         # Any threshold that k reach will do; columns beyond the last have none.
-        return (state[0] >= 0) & (jnp.sum(((state[2] != k) & (column < columns)).astype(jnp.int32)) > 0)
+        return (state[0] >= 0) & (jnp.sum((state[2] != k) & (column < columns), dtype=jnp.int32) > 0)
 
     start = jnp.int32(30), jnp.zeros(cut.columns, jnp.int32), jnp.full(cut.columns, rows, jnp.int32)
     _, threshold, _ = jax.lax.while_loop(is_open, lower_bit, start)
@@ -173,13 +177,13 @@ def _best_of_columns(a: Any, values: Any, index: Any, *, k: int, rows: int, colu
         stored, equal_before = seen
         keys, found, row = block(number)
         equal = keys == threshold[None, :]
-        equal_up_to = equal_before[None, :] + jnp.cumsum(equal.astype(jnp.int32), axis=0)
+        equal_up_to = equal_before[None, :] + jnp.cumsum(equal, axis=0, dtype=jnp.int32)
         chosen = (keys > threshold[None, :]) | (equal & (equal_up_to <= room[None, :]))
-        slot = jnp.where(chosen, stored[None, :] + jnp.cumsum(chosen.astype(jnp.int32), axis=0) - 1, k)
+        slot = jnp.where(chosen, stored[None, :] + jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - 1, k)
         at = slot, jnp.zeros_like(slot) + column[None, :]
         plgpu.store(values.at[at], found, mask=chosen)
         plgpu.store(index.at[at], row, mask=chosen)
-        now = jnp.sum(chosen.astype(jnp.int32), axis=0), jnp.sum(equal.astype(jnp.int32), axis=0)
+        now = jnp.sum(chosen, axis=0, dtype=jnp.int32), jnp.sum(equal, axis=0, dtype=jnp.int32)
         return stored + now[0], equal_before + now[1]
 
     jax.lax.fori_loop(0, steps, store, (jnp.zeros(cut.columns, jnp.int32),) * 2)

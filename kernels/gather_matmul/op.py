@@ -4,11 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels, split_flat
 from jaxsparse.kernels.gather_matmul.pallas_gpu import entries_product_gpu, neurons_product_gpu, neurons_transposed_gpu
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product, neurons_transposed
 from jaxsparse.kernels.launch import Implementation, alike, run
 from jaxsparse.kernels.sampled_matmul.op import sampled_matmul
+from jaxsparse.kernels.tiles import accumulation_dtype
 from jaxtyping import Array, Float, Int
 
 __all__ = ["gather_matmul"]
@@ -60,10 +61,13 @@ def gather_matmul(
     if index.ndim != axes:
         form = "(k, outputs) without outputs" if outputs is None else f"(k,) with outputs={outputs}"
         raise ValueError(f"index must be {form}, got shape {index.shape}")
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"index must hold integers, got {index.dtype}")
+    index = as_index("index", index)
     if outputs is not None and outputs < 1:
         raise ValueError(f"outputs must be at least 1, got {outputs}")
+    if outputs is not None:
+        check_size(x.shape[1], outputs)
+    if x.size == 0 or index.size == 0:
+        return jnp.zeros((x.shape[0], outputs or index.shape[-1]), accumulation_dtype(x, values))
     # Inside shard_map: so that the cotangents of these vary as they do.
     (x, index, values), _ = alike((x, index, values))
     if outputs is None:
@@ -106,7 +110,8 @@ _neurons.defvjp(_neurons_forward, _neurons_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _entries(options: tuple[Implementation, int], x: Array, index: Array, values: Array) -> Array:
     implementation, outputs = options
-    return _entries_product(implementation, x, *_places(outputs, x, index, values), size=outputs)
+    entries = split_flat(index, values, x.shape[1], outputs)[:3]
+    return _entries_product(implementation, x, *entries, size=outputs)
 
 
 def _entries_forward(options: tuple[Implementation, int], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -119,10 +124,10 @@ def _entries_backward(
     implementation, outputs = options
     x, index, values = kept
     dy = dy.astype(x.dtype)
-    rows, columns, present = _places(outputs, x, index, values)
+    rows, columns, present, is_entry = split_flat(index, values, x.shape[1], outputs)
     dx = _entries_product(implementation, dy, columns, rows, present, size=x.shape[1])
     found = sampled_matmul(x, dy, rows, columns, implementation=implementation)
-    found = jnp.where(index < x.shape[1] * outputs, found, 0)
+    found = jnp.where(is_entry, found, 0)
     return dx.astype(x.dtype), None, found.astype(values.dtype)
 
 
@@ -137,9 +142,3 @@ def _entries_product(implementation: Implementation, x: Array, *entries: Array, 
         gpu=partial(entries_product_gpu, size=size),
         reason=fits_kernels(x=x, values=entries[-1]),
     )
-
-
-def _places(outputs: int, x: Array, index: Array, values: Array) -> tuple[Array, Array, Array]:
-    """Rows, columns and values; an entry beyond the matrix is a 0 in its last row."""
-    rows = jnp.minimum(index // outputs, x.shape[1] - 1)
-    return rows, index % outputs, jnp.where(index < x.shape[1] * outputs, values, 0)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxsparse.kernels.gradient_topk.reference import GradientTopK
+from jaxsparse.kernels.blocks import dot_over_tokens
+from jaxsparse.kernels.gradient_topk.reference import GradientTopK, best_by_xla, gradient_topk_reference
 from jaxsparse.kernels.launch import triton_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
@@ -20,6 +21,10 @@ __all__ = ["Tiling", "best_of_tiles", "gradient_topk_gpu", "tiling"]
 FEWEST = 64
 """So many candidates of a tile at least. Gradients pile up: of SmolLM2's (q, k, v, o; 256 tokens) no tile of 64 x 64
 held more of the best at densities up to 1e-3, where most matrices had one that held more than 16."""
+
+
+MOST = 1 / 16
+"""So much of a tile at most is written as its candidates: more is found by XLA, a band of the product at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,19 @@ def gradient_topk_gpu(
     cut = cut or tiling(x, dy)
     outputs, size = dy.shape[1], cut.rows * cut.columns
     tiles = pl.cdiv(x.shape[1], cut.rows) * pl.cdiv(outputs, cut.columns)
-    count = count or candidates_of_tile(k, tiles, size, FEWEST)
+    if count is None:
+        count = candidates_of_tile(k, tiles, size, FEWEST)
+        if count > MOST * size:
+            return gradient_topk_reference(x, dy, k)
 
     def best_of(tiles: Array, count: int) -> tuple[Best, Array]:
         values, index, energy = best_of_tiles(x, dy, tiles, count, cut, interpret=interpret)
         return Best(values, index), energy
 
     candidates, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count)
-    best = largest_of_tiles(candidates, lambda tiles, count: best_of(tiles, count)[0], size=size, k=k)
+    best = largest_of_tiles(
+        candidates, lambda tiles, count: best_of(tiles, count)[0], partial(best_by_xla, x, dy, k), size=size, k=k
+    )
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
 
 
@@ -131,20 +141,23 @@ def _kernel(
 ) -> None:
     tokens, inputs, outputs = sizes
     program = pl.program_id(0)
-    tile, across = tiles[program], pl.cdiv(outputs, cut.columns)
-    row = tile // across * cut.rows + jnp.arange(cut.rows)
-    column = tile % across * cut.columns + jnp.arange(cut.columns)
-    token = jnp.arange(cut.tokens)
+    across = pl.cdiv(outputs, cut.columns)
+    last = pl.cdiv(inputs, cut.rows) * across - 1
+    # A tile beyond the last reads the last, and nothing beyond the arrays: all of it is masked.
+    is_tile, tile = tiles[program] <= last, jnp.minimum(tiles[program], last)
+    row = tile // across * cut.rows + jnp.arange(cut.rows, dtype=jnp.int32)
+    column = tile % across * cut.columns + jnp.arange(cut.columns, dtype=jnp.int32)
+    token = jnp.arange(cut.tokens, dtype=jnp.int32)
 
     def add(step: Array, total: Array) -> Array:
         now = step * cut.tokens + token
         left = _read(x, now, row, tokens, inputs)
         right = _read(dy, now, column, tokens, outputs)
-        return total + _dot(left, right)
+        return total + dot_over_tokens(left, right)
 
     steps = pl.cdiv(tokens, cut.tokens)
     product = jax.lax.fori_loop(0, steps, add, jnp.zeros((cut.rows, cut.columns), jnp.float32))
-    exists = (row < inputs)[:, None] & (column < outputs)[None, :]
+    exists = is_tile & (row < inputs)[:, None] & (column < outputs)[None, :]
     # What is beyond the product is made of other entries, or of zeros.
     product = jnp.where(exists, product, 0)
     keys = jnp.where(exists, magnitude_keys(product), IS_NONE)
@@ -165,12 +178,3 @@ def _read(array: Any, tokens: Array, features: Array, size: int, width: int) -> 
         return array[tokens[:, None], inside[None, :]]
     is_token = (tokens < size)[:, None] & jnp.ones(features.shape, bool)[None, :]
     return plgpu.load(array.at[tokens[:, None], inside[None, :]], mask=is_token, other=0.0)
-
-
-def _dot(left: Array, right: Array) -> Array:
-    dtype = jnp.promote_types(left.dtype, right.dtype)
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left.astype(dtype), right.astype(dtype), (((0,), (0,)), ((), ())),
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxsparse.kernels.blocks import dot_over_tokens
 from jaxsparse.kernels.count import by_counting, key_of
-from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference
+from jaxsparse.kernels.gradient_topk.reference import GradientTopK, best_by_xla, gradient_topk_reference
 from jaxsparse.kernels.launch import mosaic_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
@@ -60,7 +61,7 @@ def gradient_topk_tpu(
     tiles = pl.cdiv(x.shape[1], cut.rows) * pl.cdiv(outputs, cut.columns)
     count = count or candidates_of_tile(k, tiles, size)
     if count > MOST:
-        return gradient_topk_reference(x, dy, k, lambda tile, first: jnp.abs(tile))
+        return gradient_topk_reference(x, dy, k)
     best_of = partial(best_of_tiles, x, dy, cut=cut, interpret=interpret)
     values, index, energy = best_of(jnp.arange(tiles, dtype=jnp.int32), count, jnp.int32(0))
     candidates = Best(values, index)
@@ -69,7 +70,7 @@ def gradient_topk_tpu(
         # What is smaller than the k-th candidate is not in the answer.
         return Best(*best_of(tiles, count, jnp.maximum(key_of(candidates, k), 0))[:2])
 
-    best = largest_of_tiles(candidates, again, size=size, k=k, choose=by_counting)
+    best = largest_of_tiles(candidates, again, partial(best_by_xla, x, dy, k), size=size, k=k, choose=by_counting)
     return GradientTopK(best.index // outputs, best.index % outputs, best.values, jnp.sum(energy))
 
 
@@ -147,7 +148,7 @@ def _kernel(
         product[...] = jnp.zeros(product.shape, product.dtype)
 
     left, right = (_up_to(tokens - step * cut.tokens, block[...], tokens % cut.tokens) for block in (x, dy))
-    product[...] += _dot(left, right)
+    product[...] += dot_over_tokens(left, right)
 
     @pl.when(step == steps - 1)
     def _() -> None:
@@ -189,12 +190,3 @@ def _up_to(size: Array, block: Array, rest: int) -> Array:
     if rest == 0:
         return block
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, block.shape, 0) < size, block, jnp.zeros_like(block))
-
-
-def _dot(left: Array, right: Array) -> Array:
-    dtype = jnp.promote_types(left.dtype, right.dtype)
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left.astype(dtype), right.astype(dtype), (((0,), (0,)), ((), ())),
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip

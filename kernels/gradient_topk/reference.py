@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxsparse.kernels.merge import Best
 from jaxsparse.kernels.threshold import largest
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
 from jaxtyping import Array, Float, Int
 
-__all__ = ["GradientTopK", "gradient_topk_reference"]
+__all__ = ["GradientTopK", "best_by_xla", "gradient_topk_reference", "magnitude"]
 
 
 class GradientTopK(NamedTuple):
@@ -37,11 +38,22 @@ class _Pool(NamedTuple):
     squared_norm: Array
 
 
+def magnitude(tile: Float[Array, "rows outputs"], first: Int[Array, ""]) -> Float[Array, "rows outputs"]:
+    """The score that is meant unless another is given."""
+    return jnp.abs(tile)
+
+
+def best_by_xla(x: Float[Array, "tokens inputs"], dy: Float[Array, "tokens outputs"], k: int) -> Best:
+    """Returns what kernels return who did not find all of the answer."""
+    found = gradient_topk_reference(x, dy, k)
+    return Best(found.values, found.rows * dy.shape[1] + found.columns)
+
+
 def gradient_topk_reference(
     x: Float[Array, "tokens inputs"],
     dy: Float[Array, "tokens outputs"],
     k: int,
-    score: Callable[[Array, Array], Array],
+    score: Callable[[Array, Array], Array] = magnitude,
 ) -> GradientTopK:
     """Returns the k entries of x.T @ dy with the largest scores."""
     inputs, outputs = x.shape[1], dy.shape[1]

@@ -1,7 +1,7 @@
 """Entries of x.T @ dy at given places."""
 
 import jax.numpy as jnp
-from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.blocks import as_index, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.sampled_matmul.pallas_gpu import sampled_matmul_gpu
 from jaxsparse.kernels.sampled_matmul.reference import sampled_matmul_reference
@@ -46,9 +46,7 @@ def sampled_matmul(
     """
     if x.ndim != 2 or dy.ndim != 2 or x.shape[0] != dy.shape[0]:
         raise ValueError(f"x and dy must have the same tokens, got shapes {x.shape} and {dy.shape}")
-    for name, index in (("rows", rows), ("columns", columns)):
-        if index is not None and not jnp.issubdtype(index.dtype, jnp.integer):
-            raise TypeError(f"{name} must hold integers, got {index.dtype}")
+    rows, columns = as_index("rows", rows), None if columns is None else as_index("columns", columns)
     if columns is None and (rows.ndim != 2 or rows.shape[1] != dy.shape[1]):
         raise ValueError(f"rows must be (k, {dy.shape[1]}) without columns, got shape {rows.shape}")
     if columns is not None and rows.shape != columns.shape:

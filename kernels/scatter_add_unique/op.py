@@ -2,8 +2,7 @@
 
 from functools import partial
 
-import jax.numpy as jnp
-from jaxsparse.kernels.blocks import fits_kernels
+from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.scatter_add_unique.pallas_gpu import scatter_gpu
 from jaxsparse.kernels.scatter_add_unique.reference import scatter_reference
@@ -75,8 +74,7 @@ def scatter_unique(
 
 
 def _scatter(w: Array, index: Array, values: Array, implementation: Implementation, *, adds: bool) -> Array:
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"index must hold integers, got {index.dtype}")
+    index = as_index("index", index)
     if index.shape != values.shape:
         raise ValueError(f"index and values must have one shape, got {index.shape} and {values.shape}")
     if index.ndim not in (1, 2) or (index.ndim == 2 and w.shape[:1] != index.shape[:1]):
@@ -84,6 +82,7 @@ def _scatter(w: Array, index: Array, values: Array, implementation: Implementati
     if index.size == 0 or w.size == 0:
         return w
     stack = index.shape[0] if index.ndim == 2 else 1
+    check_size(w.size // stack, 1)
     found = run(
         implementation,
         (w.reshape(stack, -1), index.reshape(stack, -1), values.reshape(stack, -1)),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxsparse.kernels import gradient_topk
+from jaxsparse.kernels import gradient_topk, scatter_add_unique, scatter_unique
 
 from experiments.ops import OPS
 from experiments.shapes import PROJECTIONS, Projection
@@ -56,6 +56,19 @@ def test_gradient_topk_never_holds_the_product() -> None:
     assert executable.as_text().count("gpu.triton") >= 2
     assert executable.memory_analysis().temp_size_in_bytes < 4096 * 11008  # half of the product in bfloat16
     assert not large_buffers(executable, PRODUCT)
+
+
+@pytest.mark.parametrize("scatter", [scatter_add_unique, scatter_unique])
+def test_entries_are_scattered_in_place(scatter: Callable[..., Any]) -> None:
+    w, index = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((1677,), jnp.int32)
+    values = jax.ShapeDtypeStruct((1677,), jnp.float32)
+    try:
+        plan = compile_for("h100", scatter, [w, index, values], donate=(0,), options=OPTIONS)
+    except InputError as error:
+        pytest.skip(str(error))
+    memory = plan.compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * 4096 * 4096
+    assert memory.temp_size_in_bytes < 4 * 4 * 1677
 
 
 def test_the_search_finds_the_product() -> None:
