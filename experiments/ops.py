@@ -176,10 +176,14 @@ def _block_topk(shape: Projection, density: float, dtype: str) -> Case:
     )
 
 
+NEURON = 20
+"""Entries of an output, and slices of an adapter, for which kernels of these forms are compiled."""
+
+
 def _column_topk(shape: Projection, density: float, dtype: str) -> Case:
-    """One entry of every column at least; the matrix is read once for each bit of a threshold."""
+    """Some entries of every column, whatever the density; the matrix is read once for each bit of a threshold."""
     a = Argument((shape.inputs, shape.outputs), dtype)
-    k, item = max(1, round(shape.inputs * density)), jnp.dtype(dtype).itemsize
+    k, item = NEURON, jnp.dtype(dtype).itemsize
     answer = k * shape.outputs * (item + INDEX)
     return Case(
         (a,),
@@ -193,10 +197,6 @@ def _column_topk(shape: Projection, density: float, dtype: str) -> Case:
 
 _PASSES = 16
 """About how often column_topk reads its matrix again: 31 times if there are ties, half of that if not."""
-
-
-NEURON = 20
-"""Entries of an output, and slices of an adapter, for which the kernels of these forms are compiled."""
 
 
 def _whole(function: Callable[..., Any], arguments: Sequence[Argument]) -> list[Bare]:

@@ -22,7 +22,7 @@ def by_counting(entries: Best, k: int) -> Best:
     """Returns the k entries that are largest in magnitude, in the order of the entries; ties go to the lowest index.
 
     Args:
-        entries: at least k.
+        entries: at least k. Where fewer than k exist, the answer is none in particular.
         k: how many.
     """
     values, index, keys = (part.reshape(-1) for part in (*entries, keys_of(entries)))

@@ -199,7 +199,7 @@ def _tpus(device: str, tpu: Tpu) -> Any:
             f"compiling for {device} needs Google's compiler: pip install --no-deps {wheels[0]!r}, and the environment "
             "variable JAX_PLATFORMS=cpu"
         )
-    # It would ask the network which machine this is.
+    # It would ask the network which machine this is. The type of accelerator serves for any topology.
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology)
@@ -209,4 +209,6 @@ _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # There is no chip that two processes could quarrel about.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

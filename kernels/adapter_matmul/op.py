@@ -25,7 +25,8 @@ def adapter_matmul(
 ) -> Float[Array, "tokens outputs"]:
     """Returns x[t] @ D[a] with a = adapter_of_token[t], for sparse matrices D (inputs, outputs) that never exist.
 
-    No token is touched by the adapter of another, whatever that holds.
+    No token is touched by the adapter of another, whatever that holds. What is not finite may make other outputs of its
+    own token NaN, as in a dense product.
 
     Args:
         x: activations.

@@ -27,7 +27,8 @@ def gather_matmul(
 
     It can be differentiated, once and in reverse, with respect to x and values: the former is a sparse product again,
     the latter a sampled one. Cotangents are read in x's dtype. Many entries are multiplied as bands of D, in x's dtype
-    and summed in at least float32; else all arithmetic is in at least float32.
+    and summed in at least float32; else all arithmetic is in at least float32. What is not finite among flat entries or
+    what they read may make other outputs of its token NaN, as in a dense product.
 
     Args:
         x: activations.

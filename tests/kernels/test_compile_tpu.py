@@ -49,7 +49,7 @@ def test_gradient_topk_compiles(device: str) -> None:
 def test_gradient_topk_never_holds_the_product() -> None:
     executable = compiled("v5e", partial(gradient_topk, k=100), activations(3072, jnp.bfloat16, 4096, 11008))
     assert executable.as_text().count("tpu_custom_call") >= 2
-    assert executable.memory_analysis().temp_size_in_bytes < 4096 * 11008  # half of the product in bfloat16
+    assert executable.memory_analysis().temp_size_in_bytes < 80e6  # the product would take 180 MB
     assert not large_buffers(executable, PRODUCT)
 
 
