@@ -9,7 +9,7 @@ import numpy as np
 from jaxsparse.models.layouts import parameters_of
 from jaxsparse.models.presets import PRESETS
 
-__all__ = ["DATA", "PROJECTIONS", "SMALL", "Projection", "Small", "projections"]
+__all__ = ["DATA", "NEURONS", "PROJECTIONS", "SMALL", "Projection", "Small", "projections"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +129,6 @@ SMALL = [
     Small(5, 60, 130, 9, "bfloat16", "nan"),
 ]
 """Odd sizes, tokens that are no multiple of a block, one and all entries, ties, and numbers that are none."""
+
+NEURONS = [Small(70, 13, 5, 13, "bfloat16"), Small(3, 301, 11, 2, "bfloat16"), Small(5, 9, 37, 1), Small(1, 1, 1, 1)]
+"""The same where k counts the entries of every output: all of them, few of many, one, and one of one."""

@@ -35,7 +35,7 @@ def fits_kernels(**arrays: Any) -> str | None:
     return " and ".join(wide) or None
 
 
-def as_index(name: str, index: Int[Array, "..."]) -> Int[Array, "..."]:
+def as_index(name: str, index: Array) -> Int[Array, "..."]:
     """Returns indices as int32; those that are none stay none.
 
     Args:

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 from jaxsparse.kernels import adapter_matmul, adapter_slices_matmul
 
+from experiments.shapes import NEURONS
 from jaxsparse import kernels
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 
-# (tokens, adapters, inputs, outputs, k, dtype): several blocks of tokens; more adapters than tokens; all inputs; one.
-SIZES = [
-    (19, 3, 13, 70, 2, "bfloat16"),
-    (3, 5, 9, 5, 9, "float32"),
-    (1, 1, 1, 1, 1, "float32"),
-]
+# (tokens, adapters, inputs, outputs, k, dtype)
+SIZES = [(s.tokens, 3, s.inputs, s.outputs, s.k, s.dtype) for s in NEURONS]
 
 
 def adapters_of(rng: np.random.Generator, tokens: int, adapters: int) -> np.ndarray:

@@ -10,10 +10,12 @@ from jaxsparse.kernels import gather_matmul
 from jaxsparse.kernels.blocks import chosen_sums
 from jaxsparse.kernels.gather_matmul import reference
 
+from experiments.shapes import NEURONS
+
 IMPLEMENTATIONS = ["xla", "pallas"]
 
-# (tokens, inputs, outputs, k, dtype): odd sizes; tokens beyond a block and all inputs, few of many, one.
-SIZES = [(70, 13, 5, 13, "bfloat16"), (3, 301, 11, 2, "bfloat16"), (1, 9, 37, 1, "float32")]
+# (tokens, inputs, outputs, k, dtype)
+SIZES = [(s.tokens, s.inputs, s.outputs, s.k, s.dtype) for s in NEURONS]
 
 
 def neurons(rng: np.random.Generator, inputs: int, outputs: int, k: int) -> np.ndarray:

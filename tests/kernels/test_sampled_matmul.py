@@ -11,12 +11,13 @@ from jaxsparse.kernels import sampled_matmul
 from jaxsparse.kernels.sampled_matmul import reference
 from jaxsparse.kernels.sampled_matmul.pallas_gpu import Tiling, sampled_matmul_gpu
 
+from experiments.shapes import NEURONS
 from jaxsparse import kernels
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 
-# (tokens, inputs, outputs, k, dtype): odd sizes; tokens beyond a block; all inputs of all outputs; one of one.
-SIZES = [(70, 13, 5, 13, "bfloat16"), (3, 301, 11, 2, "bfloat16"), (5, 9, 37, 1, "float32"), (1, 1, 1, 1, "float32")]
+# (tokens, inputs, outputs, k, dtype)
+SIZES = [(s.tokens, s.inputs, s.outputs, s.k, s.dtype) for s in NEURONS]
 
 
 def arrays(rng: np.random.Generator, tokens: int, inputs: int, outputs: int, dtype: str) -> list[jax.Array]:
