@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich import filesize
-from rich.console import Console
 from rich.table import Table
 
 from experiments.ops import OPS, Case, Cost
 from experiments.shapes import PROJECTIONS, Projection
+from experiments.tables import show
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
@@ -166,9 +166,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.device == "cpu":
         use_cpu()
     rows = measure(config)
-    console = Console()
-    # In a pipe nobody sees where a line ends.
-    (console if console.is_terminal else Console(width=200)).print(_table(rows))
+    show(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 0

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
 from rich.table import Table
 
 import jaxsparse as js
 from experiments.baselines import Floor, FullAdamW
+from experiments.tables import show
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     use_cpu()
     config = parse(lambda given: MemoryConfig, "python -m experiments.memory", arguments)
     rows = measure(config)
-    Console().print(_table(rows))
+    show(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 0

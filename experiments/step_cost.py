@@ -18,11 +18,11 @@ import jax
 import numpy as np
 import optax
 from rich import filesize
-from rich.console import Console
 from rich.table import Table
 
 import jaxsparse as js
 from experiments.baselines import Floor, FullAdamW
+from experiments.tables import show
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
@@ -198,8 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = []
     for group in [found] if config.together else [[case] for case in found]:
         rows += measure(model, group, data, config.rounds, config.dtype)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(_table(rows))
+    show(_table(rows))
     if config.json is not None:
         atomic_write_text(config.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 0

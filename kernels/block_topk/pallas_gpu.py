@@ -14,7 +14,7 @@ from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Blocks", "Columns", "best_of_blocks", "block_topk_gpu", "column_topk_gpu", "columns_in_order"]
+__all__ = ["Blocks", "Columns", "best_of_blocks", "block_topk_gpu", "column_topk_gpu"]
 
 
 WIDTH = 64
@@ -134,11 +134,7 @@ def column_topk_gpu(a: Float[Array, "rows columns"], *, k: int, interpret: bool,
         interpret=interpret,
         warps=cut.warps,
     )
-    return columns_in_order(values, index)
-
-
-def columns_in_order(values: Float[Array, "k columns"], index: Int[Array, "k columns"]) -> TopK:
-    """Returns every column's entries best first, ties to the lowest index."""
+    # Best first, ties to the lowest index.
     _, index, values = jax.lax.sort((-magnitude_keys(values), index, values), num_keys=2, dimension=0)
     return TopK(values, index)
 

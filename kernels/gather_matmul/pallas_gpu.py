@@ -47,13 +47,13 @@ class Tiling:
     stages: int = 2
 
 
-def neurons_tiling(x: Any, index: Any) -> Tiling:
+def neurons_tiling(x: Any) -> Tiling:
     """Returns the tiling for entries of every output."""
     tokens = min(64, power_of_2(x.shape[0]))
     return Tiling(min(256, 2048 // tokens), tokens)
 
 
-def entries_tiling(x: Any, sources: Any, size: int) -> Tiling:
+def entries_tiling(x: Any) -> Tiling:
     """Returns the tiling for entries anywhere."""
     return Tiling(32, max(LEAST, min(64, power_of_2(x.shape[0]))))
 
@@ -75,7 +75,7 @@ def neurons_product_gpu(
         interpret: run it as plain JAX.
         cut: how the product is cut; None: `neurons_tiling`.
     """
-    cut = cut or neurons_tiling(x, index)
+    cut = cut or neurons_tiling(x)
     (tokens, inputs), (k, outputs) = x.shape, index.shape
     return triton_call(
         partial(_neurons, cut=cut, sizes=(tokens, inputs, k, outputs)),
@@ -150,7 +150,7 @@ def entries_product_gpu(
         interpret: run it as plain JAX.
         cut: how the product is cut; None: `entries_tiling`.
     """
-    cut = cut or entries_tiling(x, sources, size)
+    cut = cut or entries_tiling(x)
     tokens, blocks = x.shape[0], pl.cdiv(size, cut.outputs)
     order = jnp.argsort(targets)
     targets = targets[order]

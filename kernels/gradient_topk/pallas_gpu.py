@@ -47,7 +47,7 @@ class Tiling:
 
 
 def tiling(x: Any, dy: Any) -> Tiling:
-    """Returns the tiling for arrays like these: what was fastest on an H100, without register spills."""
+    """Returns the tiling for arrays like these: what was fastest on an H200, without register spills."""
     if jnp.promote_types(x.dtype, dy.dtype).itemsize > 2:
         return Tiling(64, 64, 32, warps=4, stages=2)
     return Tiling(64, 64, 64, warps=4, stages=4)
