@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # DESIGN.md, "The house", from the top down; `common` serves all, kernels depend on jax alone.
 LAYERS = (
-    *("cli", "train", "plan", "analysis", "evaluate", "deltas", "methods", "engine", "select", "subspaces"),
+    *("cli", "train", "plan", "analysis", "evaluate", "methods", "engine", "deltas", "select", "subspaces"),
     *("models", "data", "kernels", "common"),
 )
 

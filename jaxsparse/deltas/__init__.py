@@ -1,9 +1,13 @@
 """Sparse deltas: what fine-tuning changed, against a named base; exact both ways, small on disk, safe to share."""
 
-from jaxsparse.deltas.delta import Delta, Metadata, TensorDelta
+from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.description import describe
 from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.patch import apply, check_base, revert
+from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
 
-__all__ = ["Delta", "Metadata", "TensorDelta", "apply", "check_base", "describe", "diff", "load", "revert", "save"]
+__all__ = [
+    *("CoordinateDelta", "Delta", "FactorDelta", "Metadata", "SliceDelta", "TensorDelta"),
+    *("apply", "check_base", "describe", "diff", "load", "revert", "save"),
+]

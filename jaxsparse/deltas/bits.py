@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped, UInt
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.deltas.delta import bits_dtype, index_dtype
+from jaxsparse.deltas.tensors import bits_dtype, index_dtype
 
 __all__ = ["changed_indices", "gather_bits", "scatter_bits"]
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.deltas.delta import Delta, TensorDelta, bits_dtype, index_dtype
+from jaxsparse.deltas.delta import Delta
+from jaxsparse.deltas.tensors import CoordinateDelta, TensorDelta, bits_dtype, index_dtype
 
 __all__ = ["TensorHeader", "decode", "encode", "plane_sizes"]
 
@@ -132,7 +133,7 @@ def _tensor(path: str, header: TensorHeader, gaps: np.ndarray, xor: np.ndarray) 
     if indices[-1] >= size:
         raise InputError(f"tensor {path}: an index is out of range for shape {header.shape}")
     try:
-        return TensorDelta(
+        return CoordinateDelta(
             shape=header.shape,
             dtype=header.dtype,
             indices=indices.astype(index_dtype(size), copy=False),

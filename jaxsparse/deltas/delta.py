@@ -1,118 +1,17 @@
-"""What a delta is: the changed entries of every tensor, and what they belong to."""
+"""What a delta is: what changes of every tensor, and what that belongs to."""
 
 import importlib.metadata
 import json
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int, UInt
-
 from jaxsparse.common.errors import InputError
+from jaxsparse.deltas.tensors import TensorDelta
 
-__all__ = ["Delta", "Metadata", "TensorDelta", "bits_dtype", "index_dtype"]
-
-# Bit patterns are kept for dtypes whose entries are whole bytes; booleans, int4 and complex numbers are no weights.
-_DTYPES = {
-    1: ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3b11fnuz"),
-    2: ("bfloat16", "float16", "int16", "uint16"),
-    4: ("float32", "int32", "uint32"),
-    8: ("float64", "int64", "uint64"),
-}
-_BYTES = {name: width for width, names in _DTYPES.items() for name in names}
-_MAX_TENSOR = 2**48
-
-
-def bits_dtype(dtype: str) -> np.dtype:
-    """Returns the unsigned integer dtype that holds the bit patterns of a tensor's dtype.
-
-    Args:
-        dtype: the name of the tensor's dtype, such as "bfloat16".
-
-    Returns:
-        uint8, uint16, uint32 or uint64.
-
-    Raises:
-        InputError: deltas do not hold this dtype.
-
-    Example:
-        >>> bits_dtype("bfloat16")
-        dtype('uint16')
-    """
-    if dtype not in _BYTES:
-        raise InputError(f"dtype {dtype!r} cannot be part of a delta; possible are {', '.join(sorted(_BYTES))}")
-    return np.dtype(f"uint{8 * _BYTES[dtype]}")
-
-
-def index_dtype(size: int) -> np.dtype:
-    """Returns int32 where it can index a tensor of `size` entries, else int64."""
-    return np.dtype(np.int32 if size <= np.iinfo(np.int32).max else np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class TensorDelta:
-    """The changed entries of one tensor.
-
-    Attributes:
-        shape: the tensor's shape, stacked layers included.
-        dtype: the name of the tensor's dtype.
-        indices: positions in the flattened tensor (C order), strictly increasing; int32, or int64 for
-            tensors of 2³¹ entries and more.
-        xor: old bit pattern XOR new bit pattern of each entry, never 0, as unsigned integers as wide as the dtype.
-        base_checksum: SHA-256 of the base's bits at `indices`.
-        tuned_checksum: SHA-256 of the tuned model's bits at `indices`.
-
-    Raises:
-        InputError: indices out of range, unsorted or repeated; a dtype or shape that cannot be; lengths
-            that differ.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    indices: Int[np.ndarray, " entries"]
-    xor: UInt[np.ndarray, " entries"]
-    base_checksum: str
-    tuned_checksum: str
-
-    def __post_init__(self) -> None:
-        size = self.size
-        if any(axis < 0 for axis in self.shape) or size > _MAX_TENSOR:
-            raise InputError(f"shape {self.shape} is not that of a tensor")
-        if self.xor.dtype != bits_dtype(self.dtype) or self.indices.dtype != index_dtype(size):
-            raise InputError(
-                f"a {self.dtype} tensor of shape {self.shape} takes {bits_dtype(self.dtype)} bits "
-                f"at {index_dtype(size)} indices, not {self.xor.dtype} at {self.indices.dtype}"
-            )
-        if self.indices.shape != self.xor.shape or self.indices.ndim != 1:
-            raise InputError(f"{self.indices.shape} indices do not match {self.xor.shape} bit patterns")
-        if self.indices.size and not (self.indices[0] >= 0 and self.indices[-1] < size):
-            raise InputError(f"an index is out of range for shape {self.shape}")
-        if not np.all(self.indices[1:] > self.indices[:-1]):
-            raise InputError("the indices are not strictly increasing")
-        if not np.all(self.xor):
-            raise InputError("an entry is listed that does not change")
-        for array in (self.indices, self.xor):
-            array.setflags(write=False)
-
-    @property
-    def size(self) -> int:
-        """The number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def entries(self) -> int:
-        """The number of changed entries."""
-        return self.indices.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in host memory."""
-        return self.indices.nbytes + self.xor.nbytes
-
+__all__ = ["Delta", "Metadata"]
 
 def _current_versions() -> dict[str, str]:
     packages = ("jaxsparse", "jax", "numpy", "orbax-checkpoint", "safetensors")
@@ -170,11 +69,10 @@ def _check_path(path: str) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Delta:
-    """A tuned model minus its base: immutable, on the host, exact bit for bit.
+    """A tuned model minus its base: immutable, on the host; coordinates and slices are exact bit for bit.
 
     Attributes:
-        tensors: the changed entries, by the tensor's path, sorted by path; tensors without a change are
-            left out.
+        tensors: what changes, by the tensor's path, sorted by path; tensors without a change are left out.
         metadata: where it comes from and what it belongs to.
 
     Raises:
@@ -192,8 +90,18 @@ class Delta:
 
     @property
     def entries(self) -> int:
-        """The number of changed entries of all tensors."""
+        """The number of weights that change, of all tensors."""
         return sum(tensor.entries for tensor in self.tensors.values())
+
+    @property
+    def stored(self) -> int:
+        """How many weights, or entries of factors, are stored."""
+        return sum(tensor.stored for tensor in self.tensors.values())
+
+    @property
+    def exact(self) -> bool:
+        """Whether `revert` needs no base: no tensor is kept as factors."""
+        return all(tensor.exact for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:

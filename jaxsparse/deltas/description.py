@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsparse.deltas.delta import Delta, TensorDelta
+from jaxsparse.deltas.delta import Delta
+from jaxsparse.deltas.tensors import TensorDelta
 
 __all__ = ["describe"]
 

@@ -11,7 +11,8 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import combine_checksums, tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.bits import changed_indices, gather_bits
-from jaxsparse.deltas.delta import Delta, Metadata, TensorDelta, bits_dtype
+from jaxsparse.deltas.delta import Delta, Metadata
+from jaxsparse.deltas.tensors import CoordinateDelta, bits_dtype
 
 __all__ = ["diff", "tensors_by_path"]
 
@@ -108,7 +109,7 @@ def diff(
     for path, leaf in old.items():
         indices = changed_indices(leaf, new[path])
         before, after = gather_bits(leaf, indices), gather_bits(new[path], indices)
-        tensors[path] = TensorDelta(
+        tensors[path] = CoordinateDelta(
             shape=tuple(leaf.shape),
             dtype=leaf.dtype.name,
             indices=indices,

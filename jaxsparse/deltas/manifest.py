@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.coding import TensorHeader, plane_sizes
-from jaxsparse.deltas.delta import Delta, Metadata, bits_dtype
+from jaxsparse.deltas.delta import Delta, Metadata
+from jaxsparse.deltas.tensors import bits_dtype
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "read_manifest", "write_manifest"]
 

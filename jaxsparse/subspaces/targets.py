@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Targets",
     "is_masked",
+    "matrix_view",
     "resolve_targets",
     "tree_size",
 ]
@@ -99,6 +100,12 @@ class MatrixView:
     def size(self) -> int:
         """Number of entries of one matrix."""
         return self.in_size * self.out_size
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes that count layers, inputs and outputs, as `matrix_view` takes them."""
+        ends = self.layer_axes, self.layer_axes + self.input_axes
+        return self.order[: ends[0]], self.order[ends[0] : ends[1]], self.order[ends[1] :]
 
     @property
     def is_in_order(self) -> bool:
@@ -188,15 +195,33 @@ def _matrix_view(path: str, shape: tuple[int, ...], target: Target) -> MatrixVie
         inputs = tuple(axis for axis in rest if axis not in outputs)
     if outputs is None:
         outputs = tuple(axis for axis in rest if axis not in inputs)
-    order = (*stack, *inputs, *outputs)
-    if sorted(order) != list(range(axes)):
+    if sorted((*stack, *inputs, *outputs)) != list(range(axes)):
         raise InputError(
             f"axes of target {path} (shape {shape}) must be named once each; "
             f"got layers {stack}, inputs {inputs}, outputs {outputs}"
         )
+    return matrix_view(shape, stack, inputs, outputs)
+
+
+def matrix_view(
+    shape: tuple[int, ...], layers: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
+) -> MatrixView:
+    """Returns how a weight is read as matrices, from its axes, each named once.
+
+    Args:
+        shape: the weight's shape.
+        layers: axes that count layers.
+        inputs: axes of the inputs.
+        outputs: axes of the outputs.
+
+    Example:
+        >>> view = matrix_view((3, 4, 2, 5), (0,), (1,), (2, 3))
+        >>> view.stack, view.in_size, view.out_size
+        (3, 4, 10)
+    """
     in_size, out_size = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
-    layers = math.prod(shape[axis] for axis in stack)
-    return MatrixView(shape, order, layers, in_size, out_size, len(stack), len(inputs))
+    stack = math.prod(shape[axis] for axis in layers)
+    return MatrixView(shape, (*layers, *inputs, *outputs), stack, in_size, out_size, len(layers), len(inputs))
 
 
 def _whole_view(shape: tuple[int, ...]) -> MatrixView:

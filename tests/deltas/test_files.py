@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import jaxsparse.deltas.files as delta_files
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint
-from jaxsparse.deltas import Delta, Metadata, TensorDelta, apply, diff, load, save
+from jaxsparse.deltas import CoordinateDelta, Delta, Metadata, apply, diff, load, save
 from jaxsparse.deltas.coding import TensorHeader, decode, encode
 from tests.deltas.models import (
     DTYPES,
@@ -85,7 +85,7 @@ def assert_codes_exactly(delta: Delta) -> None:
 
 def test_gaps_beyond_32_bits():
     indices = np.array([0, 5, 2**31, 2**34 + 7, 2**38 - 1])
-    tensor = TensorDelta((2**8, 2**30), "bfloat16", indices, np.arange(1, 6, dtype=np.uint16), "0" * 64, "1" * 64)
+    tensor = CoordinateDelta((2**8, 2**30), "bfloat16", "0" * 64, "1" * 64, indices, np.arange(1, 6, dtype=np.uint16))
     delta = Delta({"w": tensor}, Metadata())
     assert "gaps_4" in encode(delta)
     assert_codes_exactly(delta)

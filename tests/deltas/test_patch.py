@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint
-from jaxsparse.deltas import Delta, Metadata, TensorDelta, apply, bits, describe, diff, revert
+from jaxsparse.deltas import CoordinateDelta, Delta, Metadata, apply, bits, describe, diff, revert
 from tests.deltas.models import DTYPES, assert_same_bits, changed, random_bits, small_pair
 
 JAX_DTYPES = sorted(DTYPES.keys() - {"float64"})
@@ -353,6 +353,6 @@ def test_impossible_tensors_are_refused(change, message):
         "base_checksum": "0" * 64,
         "tuned_checksum": "0" * 64,
     }
-    TensorDelta(**good)
+    CoordinateDelta(**good)
     with pytest.raises(InputError, match=message):
-        TensorDelta(**(good | change))
+        CoordinateDelta(**(good | change))

@@ -1,0 +1,46 @@
+"""What a delta adds to the weights, as numbers: for mixing, serving and export."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.deltas.bits import gather_bits
+from jaxsparse.deltas.tensors import CoordinateDelta, SliceDelta
+
+__all__ = ["entry_changes"]
+
+
+def entry_changes(path: str, tensor: CoordinateDelta | SliceDelta, leaf: Any) -> Float[np.ndarray, "..."]:
+    """Returns tuned minus base at the entries of a delta.
+
+    Args:
+        path: of the tensor, for error messages.
+        tensor: its delta.
+        leaf: the base's tensor, to which the delta belongs; NumPy or JAX.
+
+    Returns:
+        The differences in promote_types(dtype, float32), of the shape of `tensor.xor`.
+
+    Raises:
+        InputError: the tensor holds no floating-point numbers, or a difference is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsparse.deltas.difference import diff
+        >>> base = {"w": jnp.ones(3)}
+        >>> entry_changes("w", diff(base, {"w": jnp.arange(3.0)}).tensors["w"], base["w"])
+        array([-1.,  1.], dtype=float32)
+    """
+    dtype = np.dtype(leaf.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"tensor {path} of dtype {tensor.dtype} holds no floating-point numbers")
+    wide = np.promote_types(dtype, np.float32)
+    old = gather_bits(leaf, tensor.indices.reshape(-1)).reshape(tensor.xor.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = (old ^ tensor.xor).view(dtype).astype(wide) - old.view(dtype).astype(wide)
+    if not np.all(np.isfinite(change)):
+        raise InputError(f"tensor {path} changes to or from numbers that are not finite")
+    return change
