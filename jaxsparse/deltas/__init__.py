@@ -8,6 +8,17 @@ from jaxsparse.deltas.patch import apply, check_base, revert
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
 
 __all__ = [
-    *("CoordinateDelta", "Delta", "FactorDelta", "Metadata", "SliceDelta", "TensorDelta"),
-    *("apply", "check_base", "describe", "diff", "load", "revert", "save"),
+    "CoordinateDelta",
+    "Delta",
+    "FactorDelta",
+    "Metadata",
+    "SliceDelta",
+    "TensorDelta",
+    "apply",
+    "check_base",
+    "describe",
+    "diff",
+    "load",
+    "revert",
+    "save",
 ]

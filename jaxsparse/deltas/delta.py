@@ -13,6 +13,7 @@ from jaxsparse.deltas.tensors import TensorDelta
 
 __all__ = ["Delta", "Metadata"]
 
+
 def _current_versions() -> dict[str, str]:
     packages = ("jaxsparse", "jax", "numpy", "orbax-checkpoint", "safetensors")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

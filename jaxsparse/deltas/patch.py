@@ -12,8 +12,8 @@ from jaxsparse.common.fingerprints import fingerprint, tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.bits import gather_bits, scatter_bits
 from jaxsparse.deltas.delta import Delta
-from jaxsparse.deltas.tensors import TensorDelta
 from jaxsparse.deltas.difference import tensors_by_path
+from jaxsparse.deltas.tensors import TensorDelta
 
 __all__ = ["apply", "check_base", "check_fingerprint", "check_shapes", "revert"]
 
