@@ -309,8 +309,8 @@ def matrix_places(view: MatrixView, indices: Int[np.ndarray, "..."]) -> tuple[np
 
     Example:
         >>> from jaxsparse.subspaces.targets import matrix_view
-        >>> [int(place) for place in matrix_places(matrix_view((3, 2), (), (1,), (0,)), np.array(5))]
-        [0, 1, 2]
+        >>> matrix_places(matrix_view((3, 2), (), (1,), (0,)), np.array([5]))
+        (array([0]), array([1]), array([2]))
     """
     along = np.unravel_index(indices, view.shape)
     found = []
