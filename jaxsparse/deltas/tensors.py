@@ -63,7 +63,7 @@ def index_dtype(size: int) -> np.dtype:
 def check_shape(shape: tuple[int, ...]) -> None:
     """Raises an InputError for a shape that no tensor has."""
     if len(shape) > _MAX_AXES or any(axis < 0 for axis in shape) or math.prod(shape) > _MAX_TENSOR:
-        raise InputError(f"shape {str(shape)[:80]} is not that of a tensor")
+        raise InputError(f"shape {str(shape)[:80]} is not possible for a tensor")
 
 
 @dataclass(frozen=True, eq=False)

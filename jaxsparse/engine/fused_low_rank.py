@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.deltas.merge import merge_factors, plus_product
 from jaxsparse.engine.factors import Factors, over_norms, product
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.low_rank import LowRankState, advance_factors, begin_chain, given_gradient, move_factors
@@ -24,12 +25,9 @@ from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
 from jaxsparse.engine.tuner import StepMetrics, TunerState
 from jaxsparse.engine.updates import all_finite
 from jaxsparse.select.schedules import Once, Progress
-from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
+from jaxsparse.subspaces.targets import is_masked
 
 __all__ = ["FusedLowRankTuner"]
-
-BANDS = 8
-"""A product of factors is added to a weight in so many bands, of which one exists at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,14 @@ class _LowRankSlots(SlotRule):
 
     def factor(self, slots: Any) -> Array | None:
         """Returns m / c; c counts as constant (DoRA, section 4.3)."""
-        if "magnitude" not in slots:
-            return None
-        return over_norms(slots["magnitude"], jax.lax.stop_gradient(slots["norms"]))
+        return _gain(slots)
+
+
+def _gain(slots: Any) -> Array | None:
+    """The factor m / c of every output; None where magnitudes do not train."""
+    if "magnitude" not in slots:
+        return None
+    return over_norms(slots["magnitude"], jax.lax.stop_gradient(slots["norms"]))
 
 
 class FusedLowRankTuner:
@@ -82,7 +85,6 @@ class FusedLowRankTuner:
             )
         self.loss_fn, self.description, self.accumulate = loss_fn, description, accumulate
         self.step = jax.jit(self._step, donate_argnums=0)
-        self._merge = jax.jit(self._merged)  # one function for all calls of `params`: it compiles once
 
     def init(self, params: Any, *, donate: bool = False) -> TunerState:
         """Returns the state to start from.
@@ -110,14 +112,11 @@ class FusedLowRankTuner:
 
     def params(self, state: TunerState) -> Any:
         """Returns the model's parameters with the factors merged in."""
-        if not self.description.magnitude:
-            return self._merge(state.params, state.method.factors)
         places, leaves = self._places(state.params), jax.tree.leaves(state.params)
         for target, slots in zip(places.targets, self._slots(places, state.method), strict=True):
-            weight = leaves[target.position]
-            v = target.view.matrices(weight) + self.description.scale * product(slots["a"], slots["b"])
-            ratio = over_norms(slots["magnitude"], slots["norms"])[:, None, :]
-            leaves[target.position] = target.view.weight(v * ratio).astype(weight.dtype)
+            leaves[target.position] = merge_factors(
+                target.view, leaves[target.position], slots["a"], slots["b"], self.description.scale, _gain(slots)
+            )
         return jax.tree.unflatten(jax.tree.structure(state.params), leaves)
 
     def _places(self, params: Any) -> MatrixPlaces:
@@ -168,7 +167,7 @@ class FusedLowRankTuner:
         places, leaves = self._places(params), jax.tree.leaves(params)
         for target, own in zip(places.targets, of_targets(places, factors), strict=True):
             scale = sign * self.description.scale
-            leaves[target.position] = _plus_product(target, leaves[target.position], own, scale)
+            leaves[target.position] = plus_product(target.view, leaves[target.position], own.a, own.b, scale)
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def _norms(self, places: MatrixPlaces, params: Any, factors: Factors) -> Any:
@@ -182,23 +181,3 @@ class FusedLowRankTuner:
             squares = jnp.sum(jnp.square(weight), axis=1) + 2 * scale * jnp.sum(shared * b, axis=1)
             norms.append(jnp.sqrt(jnp.maximum(squares, 0)))
         return places.spread(norms)
-
-
-def _plus_product(target: ResolvedTarget, weight: Array, factors: Factors, scale: Any) -> Array:
-    """The weight with s A B added, band by band."""
-    view = target.view
-    if not view.is_in_order:
-        return (weight + view.weight(scale * product(factors.a, factors.b))).astype(weight.dtype)
-    bands = next(n for n in range(BANDS, 0, -1) if view.in_size % n == 0)
-    height = view.in_size // bands
-
-    def add(number: Array, matrices: Array) -> Array:
-        layer, first = number // bands, number % bands * height
-        rows = jax.lax.dynamic_slice(factors.a, (layer, first, jnp.zeros_like(first)), (1, height, factors.a.shape[2]))
-        start = (layer, first, jnp.zeros_like(first))
-        old = jax.lax.dynamic_slice(matrices, start, (1, height, view.out_size))
-        change = scale * product(rows, jax.lax.dynamic_slice_in_dim(factors.b, layer, 1))
-        return jax.lax.dynamic_update_slice(matrices, (old + change).astype(old.dtype), start)
-
-    matrices = weight.reshape(view.stack, view.in_size, view.out_size)
-    return jax.lax.fori_loop(0, view.stack * bands, add, matrices).reshape(weight.shape)

@@ -14,7 +14,8 @@ import jaxsparse.deltas.files as delta_files
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint
 from jaxsparse.deltas import CoordinateDelta, Delta, Metadata, apply, diff, load, save
-from jaxsparse.deltas.coding import TensorHeader, decode, encode
+from jaxsparse.deltas.coding import decode, encode
+from jaxsparse.deltas.headers import header_of
 from tests.deltas.models import (
     DTYPES,
     assert_same_bits,
@@ -70,17 +71,13 @@ def test_coding_is_exact_for_all_widths_and_densities(seed, tensors):
     assert_codes_exactly(diff(base, tuned))
 
 
-def headers(delta: Delta) -> dict[str, TensorHeader]:
-    return {
-        path: TensorHeader(t.shape, t.dtype, t.entries, t.base_checksum, t.tuned_checksum)
-        for path, t in delta.tensors.items()
-    }
-
-
 def assert_codes_exactly(delta: Delta) -> None:
     planes = encode(delta)
     assert all(plane.dtype == np.uint8 and plane.ndim == 1 for plane in planes.values())
-    assert_same_delta(Delta(decode(headers(delta), planes), delta.metadata), delta)
+    assert_same_delta(
+        Delta(decode({path: header_of(tensor) for path, tensor in delta.tensors.items()}, planes), delta.metadata),
+        delta,
+    )
 
 
 def test_gaps_beyond_32_bits():
@@ -241,8 +238,8 @@ def test_hostile_metadata_is_refused(copied, alter, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"version":1', '"version":2'), "its format version is 2; this jaxsparse reads"),
-        (lambda text: text.replace('"version":1', '"version":0'), "its format version is 0"),
+        (lambda text: text.replace('"version":2', '"version":3'), "its format version is 3; this jaxsparse reads"),
+        (lambda text: text.replace('"version":2', '"version":0'), "its format version is 0"),
         (lambda text: text.replace('"tiny"', '"tony"'), "metadata is damaged or altered: the checksum"),
         (lambda text: text[:-20], "metadata is damaged"),
         (lambda _: "[" * 100_000, "metadata is damaged"),
@@ -263,10 +260,10 @@ def test_hostile_gaps_cannot_lead_outside_a_tensor(rng):
     for width in (1, 4, 6):
         kept = {name: plane for name, plane in planes.items() if name[:5] != "gaps_" or int(name[5:]) < width}
         with pytest.raises(InputError, match="tensor w: an index is out of range"):
-            decode(headers(delta), kept)
+            decode({path: header_of(tensor) for path, tensor in delta.tensors.items()}, kept)
     zeros = {name: np.zeros_like(plane) for name, plane in planes.items() if name != "gaps_5"}
     with pytest.raises(InputError, match="an entry is listed that does not change"):
-        decode(headers(delta), zeros)
+        decode({path: header_of(tensor) for path, tensor in delta.tensors.items()}, zeros)
 
 
 def test_a_decompression_bomb_is_refused(saved, tmp_path):
@@ -283,7 +280,10 @@ def test_orbax_reads_the_arrays(saved):
     folder, *_, delta = saved
     with delta_files.ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder.absolute() / "tuned" / "arrays")
-    decoded = decode(headers(delta), {name: np.asarray(array) for name, array in arrays.items()})
+    decoded = decode(
+        {path: header_of(tensor) for path, tensor in delta.tensors.items()},
+        {name: np.asarray(array) for name, array in arrays.items()},
+    )
     assert_same_delta(Delta(decoded, delta.metadata), delta)
 
 

@@ -127,4 +127,4 @@ def test_every_byte_of_the_manifest_is_covered(saved, tmp_path):
         (tmp_path / "delta.json").write_bytes(spoiled)
         with pytest.raises(InputError, match="cannot load the delta"):
             load(tmp_path)
-    assert json.loads(manifest)["version"] == 1
+    assert json.loads(manifest)["version"] == 2

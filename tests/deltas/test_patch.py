@@ -340,8 +340,8 @@ def test_a_delta_altered_in_memory_is_refused(rng):
         ({"xor": np.array([1, 0, 1], np.uint16)}, "does not change"),
         ({"xor": np.array([1, 2, 1], np.uint32)}, "not uint32"),
         ({"dtype": "complex64"}, "dtype 'complex64' cannot be part of a delta"),
-        ({"shape": (3, -4)}, "is not that of a tensor"),
-        ({"shape": (2**30, 2**30)}, "is not that of a tensor"),
+        ({"shape": (3, -4)}, "is not possible for a tensor"),
+        ({"shape": (2**30, 2**30)}, "is not possible for a tensor"),
     ],
 )
 def test_impossible_tensors_are_refused(change, message):
