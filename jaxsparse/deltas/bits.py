@@ -2,7 +2,7 @@
 
 A tensor is a NumPy array, or a JAX array on one device or sharded over many. Entries travel as unsigned
 integers, because copying bfloat16 numbers is not exact everywhere: XLA for CPU widens a bfloat16 scatter
-to float32 and back, which alters NaN payloads.
+to float32 and back, which alters NaN payloads. In the host's own memory NumPy writes them in place.
 """
 
 import functools
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped, UInt
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.tensors import bits_dtype, index_dtype
 
-__all__ = ["changed_indices", "gather_bits", "scatter_bits"]
+__all__ = ["changed_indices", "gather_bits", "in_host_memory", "scatter_bits"]
 
 _COMPARED_AT_ONCE = 1 << 22
 _MAX_INDEX = np.iinfo(np.int32).max
@@ -66,7 +67,9 @@ def _gather(array: jax.Array, levels: Any, shape: tuple[int, ...], spec: Any) ->
     return lax.psum(jnp.where(inside, bits, 0), names) if names else bits
 
 
-def _scatter(array: jax.Array, levels: Any, bits: jax.Array, count: Any, shape: Any, spec: Any) -> jax.Array:
+def _scatter(
+    array: jax.Array, levels: Any, bits: jax.Array, count: Any, shape: Any, spec: Any, on_gpu: bool
+) -> jax.Array:
     coordinates, inside = _block_coordinates(levels, shape, array.shape, spec)
     slot = jnp.arange(bits.shape[0], dtype=jnp.int32)
     # What is padding, or lies on another device, goes to places of its own beyond the end: dropped, and still unique.
@@ -77,7 +80,7 @@ def _scatter(array: jax.Array, levels: Any, bits: jax.Array, count: Any, shape: 
         "wrap_negative_indices": False,
     }
     # Where a plain copy is exact it is done in place; the detour over bits costs one temporary as large as the tensor.
-    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
+    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer) or on_gpu:
         return array.at[(first, *coordinates[1:])].set(lax.bitcast_convert_type(bits, array.dtype), **how)
     changed = _to_bits(array).at[(first, *coordinates[1:])].set(bits, **how)
     return lax.bitcast_convert_type(changed, array.dtype)
@@ -92,11 +95,15 @@ def _mesh_axes(spec: Any) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(kind: str, shape: tuple[int, ...], sharding: NamedSharding | None, donate: bool) -> Any:
+def _compiled(
+    kind: str, shape: tuple[int, ...], sharding: NamedSharding | None, donate: bool, on_gpu: bool = False
+) -> Any:
     """Returns the jitted gather or scatter; a sharded one touches each device's own block and moves no weight."""
     spec = None if sharding is None else tuple(sharding.spec)
     scattered = kind == "scatter"
-    operation: Any = functools.partial(_scatter if scattered else _gather, shape=shape, spec=spec)
+    operation: Any = functools.partial(_gather, shape=shape, spec=spec)
+    if scattered:
+        operation = functools.partial(_scatter, shape=shape, spec=spec, on_gpu=on_gpu)
     if sharding is not None:
         whole = PartitionSpec()
         operation = jax.shard_map(
@@ -110,6 +117,25 @@ def _compiled(kind: str, shape: tuple[int, ...], sharding: NamedSharding | None,
         donate_argnums=0 if donate else (),
         out_shardings=sharding if scattered else None,
     )
+
+
+# ---- in the host's memory ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _host_scatter(shape: tuple[int, ...], dtype: str, wide: np.dtype, donate: bool) -> Any:
+    """Returns the jitted scatter for arrays on one CPU device, whose cost is that of the entries if they are donated.
+
+    Indices and bits come as bytes: JAX would narrow integers of 64 bits.
+    """
+
+    def write(context: Any, out: Any, array: Any, indices: Any, bits: Any) -> None:
+        # The result took over the operand's buffer.
+        entries = np.asarray(out).reshape(-1).view(bits_dtype(dtype))
+        entries[np.asarray(indices).view(wide)] = np.asarray(bits).view(entries.dtype)
+
+    operation = buffer_callback(write, jax.ShapeDtypeStruct(shape, dtype), input_output_aliases={0: 0})
+    return jax.jit(operation, donate_argnums=0 if donate else ())
 
 
 # ---- on the host ---------------------------------------------------------------------------------------------
@@ -169,10 +195,10 @@ def gather_bits(
         >>> gather_bits(jnp.array([1.0, -0.0], jnp.bfloat16), np.array([1]))
         array([32768], dtype=uint16)
     """
-    if isinstance(array, np.ndarray):
-        return _host_bits(array)[indices]
     if not indices.size:
         return np.zeros(0, bits_dtype(array.dtype.name))
+    if in_host_memory(array):
+        return _host_bits(np.asarray(array))[indices]
     if not array.ndim:
         array = array.reshape(1)
     gather = _compiled("gather", array.shape, _named_sharding(array), False)
@@ -210,10 +236,14 @@ def scatter_bits(
         return array
     if not array.ndim:
         return scatter_bits(array.reshape(1), indices, bits).reshape(())
+    if in_host_memory(array):
+        scatter = _host_scatter(array.shape, array.dtype.name, indices.dtype, donate)
+        return scatter(array, indices.view(np.uint8), bits.view(np.uint8))
     levels = _levels(indices, array.shape)
     padded = np.zeros(levels[0].size, bits.dtype)
     padded[: bits.size] = bits
-    scatter = _compiled("scatter", array.shape, _named_sharding(array), donate)
+    on_gpu = next(iter(array.devices())).platform == "gpu"
+    scatter = _compiled("scatter", array.shape, _named_sharding(array), donate, on_gpu)
     return scatter(array, levels, padded, np.int32(bits.size))
 
 
@@ -225,7 +255,8 @@ def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
     return _to_bits(a) != _to_bits(b)
 
 
-def _in_host_memory(array: Any) -> bool:
+def in_host_memory(array: Any) -> bool:
+    """Whether an array, NumPy's or JAX's, lies as a whole in the host's memory."""
     if isinstance(array, np.ndarray):
         return True
     return len(array.sharding.device_set) == 1 and next(iter(array.sharding.device_set)).platform == "cpu"
@@ -249,7 +280,7 @@ def changed_indices(
         >>> changed_indices(np.array([0.0, 1.0, np.nan]), np.array([-0.0, 1.0, np.nan]))
         array([0], dtype=int32)
     """
-    on_device = not (_in_host_memory(a) and _in_host_memory(b)) and all(isinstance(x, jax.Array) for x in (a, b))
+    on_device = not (in_host_memory(a) and in_host_memory(b)) and all(isinstance(x, jax.Array) for x in (a, b))
     if on_device and a.sharding.is_equivalent_to(b.sharding, a.ndim):  # type: ignore[union-attr]
         left, right = np.asarray(_differs(a, b)).reshape(-1), None
     else:

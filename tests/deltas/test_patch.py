@@ -83,7 +83,12 @@ def test_tensors_too_large_for_one_int32_index(rng, shape, monkeypatch):
     bits._compiled.cache_clear()
 
 
+def as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(bits, "in_host_memory", lambda array: isinstance(array, np.ndarray))
+
+
 def test_an_axis_too_long_for_int32_is_refused(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
     monkeypatch.setattr(bits, "_MAX_INDEX", 2000)
     for shape in ((2001,), (1995,), (3000, 2)):
         base = jnp.ones(shape)
@@ -172,6 +177,16 @@ def test_donated_float32_is_written_in_place():
     assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 4 * 2048**2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e5m2"])
+def test_donated_host_memory_is_written_in_place(rng, dtype):
+    weight = jnp.asarray(random_bits(rng, (300, 200), dtype))
+    new, place = changed(rng, np.asarray(weight), 50), weight.unsafe_buffer_pointer()
+    tuned = apply({"w": weight}, diff({"w": np.asarray(weight).copy()}, {"w": new}), donate=True)["w"]
+    assert tuned.unsafe_buffer_pointer() == place
+    assert weight.is_deleted()
+    assert_same_bits({"w": tuned}, {"w": new})
+
+
 def test_few_sizes_are_compiled():
     assert len({bits._bucket(count) for count in range(1, 100_000)}) < 80
     assert all(count <= bits._bucket(count) <= max(1.25 * count, count + 16) for count in range(1, 100_000, 7))
@@ -188,7 +203,7 @@ def test_host_memory_stays_under_the_largest_tensor_and_the_delta(rng):
 
 
 def test_accelerators_compare_on_the_device(rng, monkeypatch):
-    monkeypatch.setattr(bits, "_in_host_memory", lambda array: isinstance(array, np.ndarray))
+    as_on_an_accelerator(monkeypatch)
     monkeypatch.setattr(bits, "_COMPARED_AT_ONCE", 100)
     assert_exact_both_ways(*small_pair(rng))
 
