@@ -12,9 +12,20 @@ from jaxsparse.common.fingerprints import combine_checksums, tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.bits import changed_indices, gather_bits
 from jaxsparse.deltas.delta import Delta, Metadata
-from jaxsparse.deltas.tensors import CoordinateDelta, bits_dtype
+from jaxsparse.deltas.tensors import (
+    CoordinateDelta,
+    SliceDelta,
+    TensorDelta,
+    bits_dtype,
+    matrix_places,
+    slice_indices,
+)
+from jaxsparse.subspaces.targets import MatrixView, Targets, resolve_targets
 
 __all__ = ["diff", "tensors_by_path"]
+
+_INDEX_BYTES = 1.5
+"""What a coordinate's index takes on disk beside its bits, about: of gaps at density 0.1 %."""
 
 
 def tensors_by_path(tree: PyTree, name: str) -> dict[str, Any]:
@@ -67,6 +78,8 @@ def diff(
     base: PyTree,
     tuned: PyTree,
     *,
+    slices: Targets = None,
+    factors: Mapping[str, TensorDelta] | None = None,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     budget: float | None = None,
@@ -74,13 +87,16 @@ def diff(
     base_fingerprint: str | None = None,
     step: int | None = None,
 ) -> Delta:
-    """Returns what turns a base into a tuned model, exact bit for bit.
+    """Returns what turns a base into a tuned model, exact bit for bit (but for factors, which are as given).
 
     The trees are read tensor by tensor: the host holds at most one tensor and the delta.
 
     Args:
         base: the base's parameters: any tree of arrays (linen dict, `nnx.State`, plain; JAX or NumPy).
         tuned: the tuned model's parameters: the same paths, shapes and dtypes.
+        slices: matrices that are kept as whole input or output slices where this is smaller, as S²FT, PaCA and cheap
+            LoRA train them: a regular expression or `js.Target`s, as a method takes them; None: none.
+        factors: deltas of tensors that are known already, by path, such as a tuner's factors; taken as they are.
         method: the name of the method that tuned it, for the record.
         options: that method's options; what JSON can hold.
         budget: free coordinates / all parameters.
@@ -105,16 +121,45 @@ def diff(
     if base_fingerprint is None:
         base_fingerprint = combine_checksums((path, tensor_checksum(leaf)) for path, leaf in old.items())
     metadata = Metadata(method, options or {}, budget, base_name, base_fingerprint, step)
-    tensors = {}
+    views = {} if slices is None else {target.path: target.view for target in resolve_targets(base, slices)}
+    tensors = dict(factors or {})
     for path, leaf in old.items():
-        indices = changed_indices(leaf, new[path])
-        before, after = gather_bits(leaf, indices), gather_bits(new[path], indices)
-        tensors[path] = CoordinateDelta(
-            shape=tuple(leaf.shape),
-            dtype=leaf.dtype.name,
-            indices=indices,
-            xor=before ^ after,
-            base_checksum=tensor_checksum(before),
-            tuned_checksum=tensor_checksum(after),
-        )
+        if path not in tensors:
+            tensors[path] = _difference(leaf, new[path], views.get(path))
     return Delta(tensors, metadata)
+
+
+def _difference(old: Any, new: Any, view: MatrixView | None) -> TensorDelta:
+    indices = changed_indices(old, new)
+    found = None if view is None or not indices.size else _whole_slices(view, indices, old.dtype.itemsize)
+    if found is not None:
+        indices = slice_indices(view, *found)
+    before, after = (gather_bits(leaf, indices.reshape(-1)).reshape(indices.shape) for leaf in (old, new))
+    common = {
+        "shape": tuple(old.shape),
+        "dtype": old.dtype.name,
+        "base_checksum": tensor_checksum(before),
+        "tuned_checksum": tensor_checksum(after),
+        "xor": before ^ after,
+    }
+    if found is None or view is None:
+        return CoordinateDelta(**common, indices=indices)
+    return SliceDelta(**common, view=view, axis=found[0], slices=found[1])
+
+
+def _whole_slices(view: MatrixView, indices: np.ndarray, itemsize: int) -> tuple[Any, np.ndarray] | None:
+    """Returns the axis and the numbers of the slices that hold all changed entries; None if entries take less."""
+    layer, *along = matrix_places(view, indices)
+    sizes, touched = (view.in_size, view.out_size), []
+    for own, size in zip(along, sizes, strict=True):
+        is_touched = np.zeros((view.stack, size), bool)
+        is_touched[layer, own] = True
+        touched.append(is_touched)
+    stored = [mask.sum(axis=1).max() * view.stack * other for mask, other in zip(touched, sizes[::-1], strict=True)]
+    axis = int(np.argmin(stored))
+    if stored[axis] * itemsize > indices.size * (itemsize + _INDEX_BYTES):
+        return None
+    # Every matrix keeps as many slices: those with fewer add the first of the others.
+    count = touched[axis].sum(axis=1).max()
+    slices = np.sort(np.argsort(~touched[axis], axis=1, kind="stable")[:, :count], axis=1)
+    return ("input", "output")[axis], slices.astype(np.int32)

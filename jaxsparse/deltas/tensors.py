@@ -14,7 +14,7 @@ from jaxsparse.subspaces.targets import MatrixView
 
 __all__ = [
     *("CoordinateDelta", "FactorDelta", "SliceDelta", "TensorDelta"),
-    *("BITS", "bits_dtype", "check_shape", "index_dtype", "matrix_places", "offsets"),
+    *("BITS", "bits_dtype", "check_shape", "index_dtype", "matrix_places", "offsets", "slice_indices"),
 ]
 
 # Bit patterns are kept for dtypes whose entries are whole bytes; booleans, int4 and complex numbers are no weights.
@@ -203,10 +203,7 @@ class SliceDelta(TensorDelta):
     @property
     def indices(self) -> Int[np.ndarray, "stack slices others"]:
         """Positions of the slices' weights in the flattened tensor (C order)."""
-        layers, inputs, outputs = offsets(self.view)
-        own, others = (inputs, outputs) if self.axis == "input" else (outputs, inputs)
-        found = layers[:, None, None] + own[self.slices][:, :, None] + others
-        return found.astype(index_dtype(self.size), copy=False)
+        return slice_indices(self.view, self.axis, self.slices)
 
     @property
     def entries(self) -> int:
@@ -277,6 +274,27 @@ class FactorDelta(TensorDelta):
     def stored(self) -> int:
         """The number of entries of A, B and the gain."""
         return self.a.size + self.b.size + (0 if self.gain is None else self.gain.size)
+
+
+def slice_indices(
+    view: MatrixView, axis: Literal["input", "output"], slices: Int[np.ndarray, "stack slices"]
+) -> Int[np.ndarray, "stack slices others"]:
+    """Returns the positions of slices' weights in the flattened tensor.
+
+    Args:
+        view: of the tensor.
+        axis: "input" or "output".
+        slices: the numbers of the slices in every matrix.
+
+    Example:
+        >>> from jaxsparse.subspaces.targets import matrix_view
+        >>> slice_indices(matrix_view((3, 2), (), (0,), (1,)), "output", np.array([[1]]))
+        array([[[1, 3, 5]]], dtype=int32)
+    """
+    layers, inputs, outputs = offsets(view)
+    own, others = (inputs, outputs) if axis == "input" else (outputs, inputs)
+    found = layers[:, None, None] + own[slices][:, :, None] + others
+    return found.astype(index_dtype(math.prod(view.shape)), copy=False)
 
 
 def offsets(view: MatrixView) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
