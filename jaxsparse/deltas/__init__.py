@@ -5,6 +5,7 @@ from jaxsparse.deltas.description import describe
 from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.patch import apply, check_base, revert
+from jaxsparse.deltas.switch import switch
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "load",
     "revert",
     "save",
+    "switch",
 ]

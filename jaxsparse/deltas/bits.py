@@ -201,7 +201,7 @@ def gather_bits(
         return _host_bits(np.asarray(array))[indices]
     if not array.ndim:
         array = array.reshape(1)
-    gather = _compiled("gather", array.shape, _named_sharding(array), False)
+    gather = _compiled("gather", array.shape, _named_sharding(array), False)  # type: ignore[arg-type]
     return np.asarray(gather(array, _levels(indices, array.shape)))[: indices.size]
 
 

@@ -14,6 +14,7 @@ from jaxsparse.deltas.bits import changed_indices, gather_bits
 from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.tensors import (
     CoordinateDelta,
+    FactorDelta,
     SliceDelta,
     TensorDelta,
     bits_dtype,
@@ -78,8 +79,8 @@ def diff(
     base: PyTree,
     tuned: PyTree,
     *,
-    slices: Targets = None,
-    factors: Mapping[str, TensorDelta] | None = None,
+    slices: Targets | Mapping[str, MatrixView] = None,
+    factors: Mapping[str, FactorDelta] | None = None,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     budget: float | None = None,
@@ -109,7 +110,8 @@ def diff(
         The delta; it holds no reference to either tree.
 
     Raises:
-        InputError: a tensor is missing, surplus or of another shape or dtype; or see `Metadata`.
+        InputError: a tensor is missing, surplus or of another shape or dtype; factors belong to another base; or see
+            `Metadata` and `resolve_targets`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,18 +123,26 @@ def diff(
     if base_fingerprint is None:
         base_fingerprint = combine_checksums((path, tensor_checksum(leaf)) for path, leaf in old.items())
     metadata = Metadata(method, options or {}, budget, base_name, base_fingerprint, step)
-    views = {} if slices is None else {target.path: target.view for target in resolve_targets(base, slices)}
-    tensors = dict(factors or {})
+    if slices is not None and not isinstance(slices, Mapping):
+        slices = {target.path: target.view for target in resolve_targets(base, slices)}
+    views, tensors = dict(slices or {}), dict[str, TensorDelta](factors or {})
+    _check_factors(old, tensors)
     for path, leaf in old.items():
         if path not in tensors:
             tensors[path] = _difference(leaf, new[path], views.get(path))
     return Delta(tensors, metadata)
 
 
+def _check_factors(base: dict[str, Any], factors: Mapping[str, TensorDelta]) -> None:
+    for path, tensor in factors.items():
+        if path not in base or tensor_checksum(base[path]) != tensor.base_checksum:
+            raise InputError(f"the factors of tensor {path} belong to another base")
+
+
 def _difference(old: Any, new: Any, view: MatrixView | None) -> TensorDelta:
     indices = changed_indices(old, new)
     found = None if view is None or not indices.size else _whole_slices(view, indices, old.dtype.itemsize)
-    if found is not None:
+    if found is not None and view is not None:
         indices = slice_indices(view, *found)
     before, after = (gather_bits(leaf, indices.reshape(-1)).reshape(indices.shape) for leaf in (old, new))
     common = {

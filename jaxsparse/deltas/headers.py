@@ -218,7 +218,7 @@ class FactorHeader(Header):
     @classmethod
     def of(cls, tensor: FactorDelta) -> "FactorHeader":
         """Returns the header of a tensor's delta."""
-        own = {"rank": tensor.rank, "scale": tensor.scale, "has_gain": tensor.gain is not None}
+        own: dict[str, Any] = {"rank": tensor.rank, "scale": tensor.scale, "has_gain": tensor.gain is not None}
         return cls(**_common_of(tensor), view=tensor.view, **own, width=8 * tensor.a.itemsize)
 
     @classmethod
@@ -249,7 +249,8 @@ class FactorHeader(Header):
 
     def tensor(self, streams: Streams) -> FactorDelta:
         """Returns the delta of a tensor with these numbers."""
-        numbers, parts, start = streams[f"factor{self.width}"].view(f"f{self.width // 8}"), {}, 0
+        numbers, start = streams[f"factor{self.width}"].view(f"f{self.width // 8}"), 0
+        parts: dict[str, Any] = {}
         for name, shape in self._shapes.items():
             size = math.prod(shape)
             parts[name] = numbers[start : start + size].reshape(shape).copy()

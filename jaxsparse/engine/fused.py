@@ -23,6 +23,7 @@ from jaxsparse.engine.fused_unmerged import FusedUnmergedTuner
 from jaxsparse.engine.fusible import check_fusible, drawn_support, first_support
 from jaxsparse.engine.layers import Layers
 from jaxsparse.engine.low_rank_description import LowRank
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
 from jaxsparse.engine.spiel_description import Spiel
@@ -80,7 +81,7 @@ def fuse(
     return tuner(with_tokens, check_fusible(description), accumulate)
 
 
-class FusedTuner:
+class FusedTuner(OwnDelta):
     """Trains a model by a method; made by `js.fuse`.
 
     `step` is one jitted function that donates its state: keep no reference to an old state. It serves steps that pick a

@@ -21,6 +21,7 @@ from jaxsparse.engine.description import Description
 from jaxsparse.engine.fusible import drawn_support
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.layers import Layers, LayersState, layers_engine
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import SubspaceState, advance, carry_over, move_slots
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
@@ -130,7 +131,7 @@ def _advanced(progress: Progress, due: Array) -> Progress:
     return advance(progress, due, progress.retention, progress.retention_mean)
 
 
-class FusedLayersTuner:
+class FusedLayersTuner(OwnDelta):
     """Trains a model by a method that draws layers; made by `js.fuse`.
 
     Retention is not measured: it takes the gradients of all layers.

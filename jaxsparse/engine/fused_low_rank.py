@@ -11,15 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.fingerprints import tensor_checksum
 from jaxsparse.deltas.merge import merge_factors, plus_product
+from jaxsparse.deltas.tensors import FactorDelta
 from jaxsparse.engine.factors import Factors, over_norms, product
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.low_rank import LowRankState, advance_factors, begin_chain, given_gradient, move_factors
 from jaxsparse.engine.low_rank_description import LowRank, of_targets
 from jaxsparse.engine.micro_batches import mean_gradients
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
 from jaxsparse.engine.tuner import StepMetrics, TunerState
@@ -65,7 +69,7 @@ def _gain(slots: Any) -> Array | None:
     return over_norms(slots["magnitude"], jax.lax.stop_gradient(slots["norms"]))
 
 
-class FusedLowRankTuner:
+class FusedLowRankTuner(OwnDelta):
     """Trains a model by a low-rank method; made by `js.fuse`.
 
     Args:
@@ -118,6 +122,29 @@ class FusedLowRankTuner:
                 target.view, leaves[target.position], slots["a"], slots["b"], self.description.scale, _gain(slots)
             )
         return jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+
+    def factors(self, state: TunerState, tuned: Any) -> dict[str, FactorDelta]:
+        """Returns the deltas of the targets, as factors; none where the frozen weights are not the base's."""
+        description = self.description
+        moved = description.start is not None and description.start.offset
+        if moved or not isinstance(description.schedule, Once):
+            return {}
+        places, leaves, merged = self._places(state.params), jax.tree.leaves(state.params), jax.tree.leaves(tuned)
+        found = {}
+        for target, slots in zip(places.targets, self._slots(places, state.method), strict=True):
+            gain = _gain(slots)
+            found[target.path] = FactorDelta(
+                shape=target.view.shape,
+                dtype=leaves[target.position].dtype.name,
+                base_checksum=tensor_checksum(leaves[target.position]),
+                tuned_checksum=tensor_checksum(merged[target.position]),
+                view=target.view,
+                a=np.array(slots["a"]),
+                b=np.array(slots["b"]),
+                scale=float(description.scale),
+                gain=None if gain is None else np.array(gain),
+            )
+        return found
 
     def _places(self, params: Any) -> MatrixPlaces:
         return MatrixPlaces(self.description.resolve(params), jax.tree.structure(params, is_leaf=is_masked))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool
 from jaxsparse.engine.backward import Backward, Energies, mean_backward, micro_batch_shapes, retained
 from jaxsparse.engine.commit import commit_slots
 from jaxsparse.engine.interpreter import followed
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces
 from jaxsparse.engine.reference import advance
 from jaxsparse.engine.single_use import check_used_once
@@ -76,7 +77,7 @@ class _WatchedSlots(SlotRule):
         return {**dict.fromkeys(slots), "probe": {"slot": slot, **seen}}
 
 
-class FusedSpielTuner:
+class FusedSpielTuner(OwnDelta):
     """Trains a model by SpIEL; made by `js.fuse`.
 
     Candidates are chosen on the first micro-batch, and watched on all. Retention is measured where they are chosen.

@@ -19,6 +19,7 @@ from jaxsparse.engine.description import Description
 from jaxsparse.engine.fusible import first_support
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.micro_batches import mean_gradients
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import SubspaceState, advance, fresh_state, step_slots
 from jaxsparse.engine.slotted import INPUT, SlotRule, slotted
@@ -73,7 +74,7 @@ class EntryOverlay(SlotRule):
         return whole.at[neurons].set(product.T, unique_indices=True).T
 
 
-class FusedUnmergedTuner:
+class FusedUnmergedTuner(OwnDelta):
     """Trains the slots of a method beside weights that it never writes; made by `js.fuse`.
 
     `step` is one jitted function that donates its state: keep no reference to an old state.

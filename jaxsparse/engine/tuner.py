@@ -1,6 +1,6 @@
 """What trains a model: one jitted step from a batch to new weights; here by the reference engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.deltas.delta import Delta
 from jaxsparse.engine.description import SubspaceTransformation
 from jaxsparse.engine.micro_batches import mean_gradients
+from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.select.schedules import Progress
 
 __all__ = ["ReferenceTuner", "StepMetrics", "Tuner", "TunerState", "check_method", "step_metrics"]
@@ -87,6 +89,17 @@ class Tuner(Protocol):
     def params(self, state: TunerState) -> Any:
         """Returns the model's parameters."""
 
+    def delta(
+        self,
+        state: TunerState,
+        base: Any = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        base_name: str | None = None,
+        base_fingerprint: str | None = None,
+    ) -> Delta:
+        """Returns what training changed; see `OwnDelta`."""
+
 
 def check_method(method: optax.GradientTransformation) -> SubspaceTransformation:
     """Returns a method that a tuner can train by.
@@ -103,7 +116,7 @@ def check_method(method: optax.GradientTransformation) -> SubspaceTransformation
     return method
 
 
-class ReferenceTuner:
+class ReferenceTuner(OwnDelta):
     """Trains a model by a method with dense gradients of the targets, and of nothing else.
 
     `step` is one jitted function that donates its state: keep no reference to an old state.

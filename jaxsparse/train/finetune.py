@@ -16,8 +16,9 @@ from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.data.rows import load_rows
 from jaxsparse.engine.description import count_slots
+from jaxsparse.engine.tuner import TunerState
 from jaxsparse.evaluate.held_out import Measurement, measure
-from jaxsparse.models.checkpoints import Checkpoint, load
+from jaxsparse.models.checkpoints import load
 from jaxsparse.select.schedules import Progress
 from jaxsparse.train.config import FinetuneConfig
 from jaxsparse.train.loop import train
@@ -69,9 +70,8 @@ def carry_out(job: Job) -> Report:
         job.tuner, base.params, job.data, config.run, job.steps, rate=rate, base_fingerprint=base.fingerprint
     )
     tuned, method_progress = job.tuner.params(state), state.method.progress
-    del state  # a low-rank method's frozen weights need not stay beside the tuned ones
     after = _measured(job, "after", tuned)
-    delta = _save_delta(config, base, tuned, job.steps)
+    delta = _save_delta(job, state, tuned)
     report = _report(job, before, after, count_slots(job.method, tuned), method_progress, totals, delta)
     text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
     atomic_write_text(config.run.out / "report.json", text + "\n")
@@ -116,19 +116,13 @@ class _SavedDelta:
     bit_identical: bool
 
 
-def _save_delta(config: FinetuneConfig, base: Checkpoint, tuned: Any, steps: int) -> _SavedDelta:
+def _save_delta(job: Job, state: TunerState, tuned: Any) -> _SavedDelta:
     """Saves what changed, reads it back, and compares base + delta with the tuned model bit for bit."""
+    config, base = job.config, job.base
     untouched = load(config.base.model, dtype=config.base.dtype)
     options = flat_options(config.chosen_method) | {"inner": config.inner.optimizer, "lr": config.inner.lr}
-    delta = deltas.diff(
-        untouched.params,
-        tuned,
-        method=config.method,
-        options=options,
-        base_name=base.name,
-        base_fingerprint=untouched.fingerprint,
-        step=steps,
-    )
+    about = {"base_name": base.name, "base_fingerprint": untouched.fingerprint}
+    delta = job.tuner.delta(state, untouched.params, options=options, **about)
     path = config.run.out / "delta"
     deltas.save(path, delta, overwrite=True)
     again = deltas.load(path, base_fingerprint=untouched.fingerprint)
