@@ -8,7 +8,6 @@ need not be here. Times are of the device that is here: the op, its plain XLA ve
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from rich.table import Table
 from experiments.ops import OPS, Case, Cost
 from experiments.shapes import PROJECTIONS, Projection
 from experiments.tables import show
+from experiments.timing import in_turns
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
@@ -111,15 +111,8 @@ def times(case: Case, rounds: int, calls: int, seed: int = 0) -> list[tuple[floa
     arguments = [jnp.asarray(argument.draw(rng)) for argument in case.arguments]
     functions = (case.sparse, partial(case.sparse, implementation="xla"), case.dense)
     routes = [jax.jit(route).lower(*arguments).compile() for route in functions]
-    seconds: list[list[float]] = [[] for _ in routes]
-    for turn in range(rounds + 1):
-        for number, route in enumerate(routes):
-            start = time.perf_counter()
-            jax.block_until_ready([route(*arguments) for _ in range(calls)])
-            if turn:  # the first warms up
-                seconds[number].append((time.perf_counter() - start) / calls)
-    quartiles = [np.percentile(each, (25, 50, 75)) for each in seconds]
-    return [(float(middle), float(high - low) / 2) for low, middle, high in quartiles]
+    calling = {str(number): partial(route, *arguments) for number, route in enumerate(routes)}
+    return list(in_turns(calling, rounds, calls=calls).values())
 
 
 def measure(config: KernelsConfig) -> list[Row]:

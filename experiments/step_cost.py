@@ -23,6 +23,7 @@ from rich.table import Table
 import jaxsparse as js
 from experiments.baselines import Floor, FullAdamW
 from experiments.tables import show
+from experiments.timing import median_and_spread
 from jaxsparse.cli.arguments import parse
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
@@ -174,7 +175,7 @@ def measure(model: LanguageModel, found: Sequence[Case], data: Batch, rounds: in
                 times[number].append(time.perf_counter() - start)
             advance(1)
     return [
-        Row(case.name, case.engine, case.density, case.step, *_median_and_spread(seconds), peak, size)
+        Row(case.name, case.engine, case.density, case.step, *median_and_spread(seconds), peak, size)
         for case, seconds, peak, size in zip(found, times, peaks, sizes, strict=True)
     ]
 
@@ -183,11 +184,6 @@ def _peak_bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     both = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(both + memory.temp_size_in_bytes)
-
-
-def _median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
-    low, middle, high = np.percentile(seconds, (25, 50, 75))
-    return float(middle), float(high - low) / 2
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.description import describe
 from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
+from jaxsparse.deltas.live import Live, live
 from jaxsparse.deltas.patch import apply, check_base, revert
 from jaxsparse.deltas.switch import switch
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
@@ -12,6 +13,7 @@ __all__ = [
     "CoordinateDelta",
     "Delta",
     "FactorDelta",
+    "Live",
     "Metadata",
     "SliceDelta",
     "TensorDelta",
@@ -19,6 +21,7 @@ __all__ = [
     "check_base",
     "describe",
     "diff",
+    "live",
     "load",
     "revert",
     "save",

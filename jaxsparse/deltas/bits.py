@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Shaped, UInt
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.tensors import bits_dtype, index_dtype
 
-__all__ = ["changed_indices", "gather_bits", "in_host_memory", "scatter_bits"]
+__all__ = ["Flips", "changed_indices", "gather_bits", "in_host_memory", "scatter_bits"]
 
 _COMPARED_AT_ONCE = 1 << 22
 _MAX_INDEX = np.iinfo(np.int32).max
@@ -67,6 +67,12 @@ def _gather(array: jax.Array, levels: Any, shape: tuple[int, ...], spec: Any) ->
     return lax.psum(jnp.where(inside, bits, 0), names) if names else bits
 
 
+def _flip(array: jax.Array, levels: Any, xor: jax.Array, count: Any, shape: Any, spec: Any, on_gpu: bool) -> jax.Array:
+    coordinates, _ = _block_coordinates(levels, shape, array.shape, spec)
+    old = _to_bits(array.at[coordinates].get(mode="clip", wrap_negative_indices=False))
+    return _scatter(array, levels, lax.optimization_barrier(old ^ xor), count, shape, spec, on_gpu)
+
+
 def _scatter(
     array: jax.Array, levels: Any, bits: jax.Array, count: Any, shape: Any, spec: Any, on_gpu: bool
 ) -> jax.Array:
@@ -98,12 +104,12 @@ def _mesh_axes(spec: Any) -> tuple[str, ...]:
 def _compiled(
     kind: str, shape: tuple[int, ...], sharding: NamedSharding | None, donate: bool, on_gpu: bool = False
 ) -> Any:
-    """Returns the jitted gather or scatter; a sharded one touches each device's own block and moves no weight."""
+    """Returns the jitted gather, scatter or flip; a sharded one touches each device's block and moves no weight."""
     spec = None if sharding is None else tuple(sharding.spec)
-    scattered = kind == "scatter"
+    scattered = kind != "gather"
     operation: Any = functools.partial(_gather, shape=shape, spec=spec)
     if scattered:
-        operation = functools.partial(_scatter, shape=shape, spec=spec, on_gpu=on_gpu)
+        operation = functools.partial(_flip if kind == "flip" else _scatter, shape=shape, spec=spec, on_gpu=on_gpu)
     if sharding is not None:
         whole = PartitionSpec()
         operation = jax.shard_map(
@@ -123,16 +129,18 @@ def _compiled(
 
 
 @functools.lru_cache(maxsize=256)
-def _host_scatter(shape: tuple[int, ...], dtype: str, wide: np.dtype, donate: bool) -> Any:
+def _host_scatter(shape: tuple[int, ...], dtype: str, wide: np.dtype, donate: bool, flips: bool = False) -> Any:
     """Returns the jitted scatter for arrays on one CPU device, whose cost is that of the entries if they are donated.
 
-    Indices and bits come as bytes: JAX would narrow integers of 64 bits.
+    Bits take the place of the old ones, or are combined with them by exclusive or if it `flips`. Indices and bits come
+    as bytes: JAX would narrow integers of 64 bits.
     """
 
     def write(context: Any, out: Any, array: Any, indices: Any, bits: Any) -> None:
         # The result took over the operand's buffer.
         entries = np.asarray(out).reshape(-1).view(bits_dtype(dtype))
-        entries[np.asarray(indices).view(wide)] = np.asarray(bits).view(entries.dtype)
+        places, new = np.asarray(indices).view(wide), np.asarray(bits).view(entries.dtype)
+        entries[places] = entries[places] ^ new if flips else new
 
     operation = buffer_callback(write, jax.ShapeDtypeStruct(shape, dtype), input_output_aliases={0: 0})
     return jax.jit(operation, donate_argnums=0 if donate else ())
@@ -245,6 +253,38 @@ def scatter_bits(
     on_gpu = next(iter(array.devices())).platform == "gpu"
     scatter = _compiled("scatter", array.shape, _named_sharding(array), donate, on_gpu)
     return scatter(array, levels, padded, np.int32(bits.size))
+
+
+class Flips:
+    """Bits to combine with some entries of a tensor by exclusive or, kept where the tensor is: twice is not at all.
+
+    Args:
+        array: a JAX array; its shape, dtype and sharding.
+        indices: positions in the flattened tensor, in range, unique.
+        xor: what to combine them with.
+    """
+
+    def __init__(
+        self, array: jax.Array, indices: Int[np.ndarray, " entries"], xor: UInt[np.ndarray, " entries"]
+    ) -> None:
+        if in_host_memory(array):
+            self._flip = _host_scatter(array.shape, array.dtype.name, indices.dtype, True, True)
+            self._arguments: tuple[Any, ...] = indices.view(np.uint8), xor.view(np.uint8)
+            return
+        shape, sharding = array.shape or (1,), _named_sharding(array)
+        levels = _levels(indices, shape)
+        padded = np.zeros(levels[0].size, xor.dtype)
+        padded[: xor.size] = xor
+        on_gpu = next(iter(array.devices())).platform == "gpu"
+        self._flip = _compiled("flip", shape, sharding, True, on_gpu)
+        place = array.sharding if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._arguments = jax.device_put((levels, padded, np.int32(indices.size)), place)
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """Returns the array with its entries flipped, in its own memory: it must not be used any more."""
+        if not array.ndim:
+            return self._flip(array.reshape(1), *self._arguments).reshape(())
+        return self._flip(array, *self._arguments)
 
 
 # ---- which entries differ ------------------------------------------------------------------------------------

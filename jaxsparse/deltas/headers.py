@@ -199,12 +199,11 @@ class SliceHeader(Header):
 
 @dataclass(frozen=True)
 class FactorHeader(Header):
-    """Of factors of one rank and width, with or without a gain."""
+    """Of factors of one rank and width, with or without a gain; their scale is one more number."""
 
     kind = "factors"
     view: MatrixView
     rank: int
-    scale: float
     has_gain: bool
     width: int
 
@@ -212,28 +211,28 @@ class FactorHeader(Header):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         view = self.view
         shapes: dict[str, tuple[int, ...]] = {"a": (view.stack, view.in_size, self.rank)}
-        shapes["b"] = (view.stack, self.rank, view.out_size)
+        shapes |= {"b": (view.stack, self.rank, view.out_size), "scale": ()}
         return shapes | ({"gain": (view.stack, view.out_size)} if self.has_gain else {})
 
     @classmethod
     def of(cls, tensor: FactorDelta) -> "FactorHeader":
         """Returns the header of a tensor's delta."""
-        own: dict[str, Any] = {"rank": tensor.rank, "scale": tensor.scale, "has_gain": tensor.gain is not None}
+        own: dict[str, Any] = {"rank": tensor.rank, "has_gain": tensor.gain is not None}
         return cls(**_common_of(tensor), view=tensor.view, **own, width=8 * tensor.a.itemsize)
 
     @classmethod
     def read(cls, common: dict[str, Any], spec: Mapping[str, Any]) -> "FactorHeader":
         """Returns the header that JSON describes."""
-        view, rank, scale = _read_view(common["shape"], spec), field(spec, "rank", int), field(spec, "scale", float)
+        view, rank = _read_view(common["shape"], spec), field(spec, "rank", int)
         if not 1 <= rank <= view.in_size + view.out_size:
             raise InputError(f"a rank of {rank} of matrices {view.in_size} x {view.out_size} is not possible")
         if (width := field(spec, "width", int)) not in (32, 64):
             raise InputError(f"factors of {width} bits are not possible")
-        return cls(**common, view=view, rank=rank, scale=scale, has_gain=field(spec, "gain", bool), width=width)
+        return cls(**common, view=view, rank=rank, has_gain=field(spec, "gain", bool), width=width)
 
     def own(self) -> dict[str, Any]:
         """Returns what JSON says of this kind alone."""
-        own = {"rank": self.rank, "scale": self.scale, "gain": self.has_gain, "width": self.width}
+        own = {"rank": self.rank, "gain": self.has_gain, "width": self.width}
         return own | _view_spec(self.view)
 
     def counts(self) -> dict[str, int]:
@@ -243,7 +242,8 @@ class FactorHeader(Header):
     @staticmethod
     def streams(tensor: FactorDelta) -> dict[str, np.ndarray]:
         """Returns the numbers of a tensor's delta by stream."""
-        parts = [part.reshape(-1) for part in (tensor.a, tensor.b, tensor.gain) if part is not None]
+        scale = np.array(tensor.scale, tensor.a.dtype)
+        parts = [part.reshape(-1) for part in (tensor.a, tensor.b, scale, tensor.gain) if part is not None]
         width = 8 * tensor.a.itemsize
         return {f"factor{width}": np.concatenate(parts).view(f"u{width // 8}")}
 
@@ -255,7 +255,7 @@ class FactorHeader(Header):
             size = math.prod(shape)
             parts[name] = numbers[start : start + size].reshape(shape).copy()
             start += size
-        return FactorDelta(**self._common(), view=self.view, scale=self.scale, **parts)
+        return FactorDelta(**self._common(), view=self.view, **(parts | {"scale": float(parts["scale"])}))
 
 
 _HEADERS: Mapping[str, type[Header]] = {header.kind: header for header in (CoordinateHeader, SliceHeader, FactorHeader)}

@@ -7,7 +7,7 @@
         "arrays": {"gaps_0": "sha256 of its bytes", …}}}
 
 Tensors of other kinds have, in place of entries, {"kind": "slices", "axis": "input", "slices": 32, "layers": [0],
-"inputs": [1], "outputs": [2]} or {"kind": "factors", "rank": 8, "scale": 2.0, "gain": false, "width": 32, "layers": …}.
+"inputs": [1], "outputs": [2]} or {"kind": "factors", "rank": 8, "gain": false, "width": 32, "layers": …}.
 
 `sha256` is that of the value of `delta` as compact JSON with sorted keys, so no bit can flip unseen.
 """

@@ -46,7 +46,7 @@ def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None,
     if not (off.exact and on.exact):
         # Writes nothing that `params` holds before all checks of both have passed.
         reverted = revert(params, off, base=base)
-        return apply(reverted, on, donate=True)
+        return apply(reverted, on, donate=donate)
     tensors = tensors_by_path(params, "the tuned model")
     for delta in (off, on):
         check_shapes(tensors, {path: (t.shape, t.dtype) for path, t in delta.tensors.items()}, "the tuned model")

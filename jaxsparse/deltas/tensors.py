@@ -227,7 +227,7 @@ class FactorDelta(TensorDelta):
         view: how the tensor is read as a stack of (in, out) matrices.
         a: A, in float32, or float64.
         b: B, of the dtype of A.
-        scale: s, alpha / r.
+        scale: s, alpha / r, as a number of the dtype of A.
         gain: g, DoRA's m / c for every output, of the dtype of A; None for 1.
 
     Raises:
@@ -248,7 +248,8 @@ class FactorDelta(TensorDelta):
         if self.dtype not in _FLOATS:
             raise InputError(f"dtype {self.dtype!r} takes no factors; possible are {', '.join(_FLOATS)}")
         view, rank = self.view, self.a.shape[-1]
-        wanted = {"a": (view.stack, view.in_size, rank), "b": (view.stack, rank, view.out_size)}
+        wanted: dict[str, tuple[int, ...]] = {"a": (view.stack, view.in_size, rank)}
+        wanted |= {"b": (view.stack, rank, view.out_size)}
         wanted |= {} if self.gain is None else {"gain": (view.stack, view.out_size)}
         for name, shape in wanted.items():
             array = getattr(self, name)
@@ -258,6 +259,7 @@ class FactorDelta(TensorDelta):
                 raise InputError(f"{name} has entries that are not finite")
         if not math.isfinite(self.scale) or rank < 1:
             raise InputError(f"a scale of {self.scale} and a rank of {rank} are not possible")
+        object.__setattr__(self, "scale", float(self.a.dtype.type(self.scale)))
         self._freeze()
 
     @property

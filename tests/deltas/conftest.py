@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxsparse.deltas import diff, save
-from tests.deltas.models import small_pair
+from tests.deltas.models import mixed_pair, small_pair
 from tests.deltas.saved import FORMS
 
 
@@ -18,3 +18,13 @@ def saved(tmp_path_factory):
     for form in FORMS:
         save(folder / form, delta)
     return folder, base, tuned, delta
+
+
+@pytest.fixture(scope="module")
+def saved_kinds(tmp_path_factory):
+    """The same with slices and factors among the tensors."""
+    folder = tmp_path_factory.mktemp("saved_kinds")
+    base, tuned, delta = mixed_pair(np.random.default_rng())
+    for form in FORMS:
+        save(folder / form, delta)
+    return folder, *jax.tree.map(np.asarray, (base, tuned)), delta

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxsparse.common.fingerprints import tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
-from jaxsparse.deltas import Delta
+from jaxsparse.deltas import Delta, FactorDelta, diff
+from jaxsparse.deltas.merge import merge_factors
+from jaxsparse.subspaces.targets import MatrixView, matrix_view
 
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
@@ -65,6 +68,56 @@ def small_pair(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]
     return on_device(base), on_device(tuned)
 
 
+def with_factors(
+    rng: np.random.Generator, base: Any, view: MatrixView, *, rank: int = 2, gain: bool = False
+) -> FactorDelta:
+    """Returns the delta of one tensor that moves by a random product of factors, and maybe a gain."""
+    a = rng.normal(size=(view.stack, view.in_size, rank)).astype(np.float32)
+    b = rng.normal(size=(view.stack, rank, view.out_size)).astype(np.float32)
+    g = rng.uniform(0.5, 2, (view.stack, view.out_size)).astype(np.float32) if gain else None
+    tuned = merge_factors(view, base, a, b, 0.5, g)
+    checksums = tensor_checksum(base), tensor_checksum(tuned)
+    return FactorDelta(tuple(base.shape), base.dtype.name, *checksums, view, a, b, 0.5, g)
+
+
+def mixed_pair(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any], Delta]:
+    """Returns a base, a tuned model, and the delta between them, with tensors of every kind; on the device."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "layers/q/kernel": ((3, 16, 8), "bfloat16"),
+        "layers/down/kernel": ((3, 12, 10), "bfloat16"),
+        "layers/up/kernel": ((3, 10, 12), "float32"),
+        "head/kernel": ((8, 14), "float16"),
+        "out/kernel": ((6, 4, 5), "float32"),
+        "low/kernel": ((9, 7), "bfloat16"),
+        "dora/kernel": ((2, 6, 8), "float32"),
+        "norm/scale": ((8,), "float32"),
+    }
+    flat = {path: rng.normal(size=shape).astype(DTYPES[dtype]) for path, (shape, dtype) in shapes.items()}
+    tuned = {path: leaf.copy() for path, leaf in flat.items()}
+    tuned["layers/q/kernel"] = changed(rng, tuned["layers/q/kernel"], 20)
+    tuned["head/kernel"] = changed(rng, tuned["head/kernel"], 9)
+    for layer in range(3):
+        for path, axis in (("layers/down/kernel", 0), ("layers/up/kernel", 1)):
+            own = rng.choice(flat[path].shape[1 + axis], 2, replace=False)
+            index = (layer, own) if axis == 0 else (layer, slice(None), own)
+            tuned[path][index] = changed(rng, np.ascontiguousarray(tuned[path][index]), tuned[path][index].size)
+    heads = np.ascontiguousarray(tuned["out/kernel"][:, 1])
+    tuned["out/kernel"][:, 1] = changed(rng, heads, heads.size)
+    views = {
+        "layers/down/kernel": matrix_view((3, 12, 10), (0,), (1,), (2,)),
+        "layers/up/kernel": matrix_view((3, 10, 12), (0,), (1,), (2,)),
+        "out/kernel": matrix_view((6, 4, 5), (), (1, 2), (0,)),
+    }
+    factors = {
+        "low/kernel": with_factors(rng, flat["low/kernel"], matrix_view((9, 7), (), (0,), (1,))),
+        "dora/kernel": with_factors(rng, flat["dora/kernel"], matrix_view((2, 6, 8), (0,), (1,), (2,)), gain=True),
+    }
+    for path, tensor in factors.items():
+        tuned[path] = np.array(merge_factors(tensor.view, flat[path], tensor.a, tensor.b, tensor.scale, tensor.gain))
+    delta = diff(flat, tuned, slices=views, factors=factors, method="mixed", base_name="tiny")
+    return on_device(flat), on_device(tuned), delta
+
+
 def on_device(tree: Any) -> Any:
     """Returns the tree with JAX arrays for leaves."""
     return {key: on_device(leaf) if isinstance(leaf, dict) else jnp.asarray(leaf) for key, leaf in tree.items()}
@@ -85,8 +138,11 @@ def assert_same_delta(left: Delta, right: Delta) -> None:
     assert left.tensors.keys() == right.tensors.keys()
     for path, ours in left.tensors.items():
         theirs = right.tensors[path]
-        for name in ("shape", "dtype", "base_checksum", "tuned_checksum"):
-            assert getattr(ours, name) == getattr(theirs, name), path
-        for name in ("indices", "xor"):
-            assert getattr(ours, name).dtype == getattr(theirs, name).dtype
-            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=path)
+        assert type(ours) is type(theirs), path
+        for name, value in vars(ours).items():
+            other = getattr(theirs, name)
+            if isinstance(value, np.ndarray):
+                assert value.dtype == other.dtype, (path, name)
+                np.testing.assert_array_equal(value, other, err_msg=f"{path} {name}")
+            else:
+                assert value == other, (path, name)

@@ -30,6 +30,12 @@ def loads_the_same_or_not_at_all(saved, form, spoil):
     assert_same_bits(apply(base, loaded), tuned)
 
 
+@pytest.fixture(params=["entries", "all kinds"], scope="module")
+def either(request, saved, saved_kinds):
+    """A saved delta of coordinates alone, and one of every kind."""
+    return saved if request.param == "entries" else saved_kinds
+
+
 def spoil_bytes(data):
     def spoil(path):
         files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
@@ -65,15 +71,15 @@ FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 @settings(max_examples=100, **FUZZ)
 @given(st.data())
-def test_spoiled_files(saved, data):
-    check_bytes(saved, data)
+def test_spoiled_files(either, data):
+    check_bytes(either, data)
 
 
 @pytest.mark.slow
 @settings(max_examples=500, **FUZZ)
 @given(st.data())
-def test_many_spoiled_files(saved, data):
-    check_bytes(saved, data)
+def test_many_spoiled_files(either, data):
+    check_bytes(either, data)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([]) | st.just({})
@@ -87,9 +93,9 @@ def places(value):
 
 @settings(max_examples=150, **FUZZ)
 @given(st.data())
-def test_altered_metadata_with_a_checksum_that_matches(saved, data):
+def test_altered_metadata_with_a_checksum_that_matches(either, data):
     """What is only told of a delta may be forged; what it does to a model may not."""
-    source, base, tuned, _ = saved
+    source, base, tuned, _ = either
     form = data.draw(st.sampled_from(FORMS))
 
     def alter(content):
