@@ -69,7 +69,7 @@ def _gather(array: jax.Array, levels: Any, shape: tuple[int, ...], spec: Any) ->
 
 def _flip(array: jax.Array, levels: Any, xor: jax.Array, count: Any, shape: Any, spec: Any, on_gpu: bool) -> jax.Array:
     coordinates, _ = _block_coordinates(levels, shape, array.shape, spec)
-    old = _to_bits(array.at[coordinates].get(mode="clip", wrap_negative_indices=False))
+    old = _to_bits(array).at[coordinates].get(mode="clip", wrap_negative_indices=False)
     return _scatter(array, levels, lax.optimization_barrier(old ^ xor), count, shape, spec, on_gpu)
 
 

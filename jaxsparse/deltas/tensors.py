@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt
@@ -166,8 +166,8 @@ class SliceDelta(TensorDelta):
     Attributes:
         view: how the tensor is read as a stack of (in, out) matrices.
         axis: "input" for all weights of some inputs, "output" for all weights of some outputs.
-        slices: the numbers of the slices, strictly increasing in every matrix.
-        xor: old bit pattern XOR new bit pattern of their weights, 0 where one does not change.
+        slices: the numbers of the slices, (stack, slices), strictly increasing in every matrix.
+        xor: old bit pattern XOR new bit pattern of their weights, (stack, slices, others), 0 where one does not change.
 
     Raises:
         InputError: slices out of range, unsorted or repeated; a dtype, shape or view that cannot be.
@@ -175,9 +175,9 @@ class SliceDelta(TensorDelta):
 
     kind = "slices"
     view: MatrixView
-    axis: Literal["input", "output"]
-    slices: Int32[np.ndarray, "stack slices"]
-    xor: UInt[np.ndarray, "stack slices others"]
+    axis: str
+    slices: Int32[np.ndarray, "_ _"]
+    xor: UInt[np.ndarray, "_ _ _"]
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
@@ -225,10 +225,10 @@ class FactorDelta(TensorDelta):
 
     Attributes:
         view: how the tensor is read as a stack of (in, out) matrices.
-        a: A, in float32, or float64.
-        b: B, of the dtype of A.
+        a: A, (stack, in, r), in float32, or float64.
+        b: B, (stack, r, out), of the dtype of A.
         scale: s, alpha / r, as a number of the dtype of A.
-        gain: g, DoRA's m / c for every output, of the dtype of A; None for 1.
+        gain: g, DoRA's m / c for every output, (stack, out), of the dtype of A; None for 1.
 
     Raises:
         InputError: factors that do not fit the tensor or are not finite; a dtype, shape or view that cannot be.
@@ -237,10 +237,10 @@ class FactorDelta(TensorDelta):
     kind = "factors"
     exact = False
     view: MatrixView
-    a: Float[np.ndarray, "stack in rank"]
-    b: Float[np.ndarray, "stack rank out"]
+    a: Float[np.ndarray, "_ _ _"]
+    b: Float[np.ndarray, "_ _ _"]
     scale: float
-    gain: Float[np.ndarray, "stack out"] | None = None
+    gain: Float[np.ndarray, "_ _"] | None = None
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
@@ -279,7 +279,7 @@ class FactorDelta(TensorDelta):
 
 
 def slice_indices(
-    view: MatrixView, axis: Literal["input", "output"], slices: Int[np.ndarray, "stack slices"]
+    view: MatrixView, axis: str, slices: Int[np.ndarray, "stack slices"]
 ) -> Int[np.ndarray, "stack slices others"]:
     """Returns the positions of slices' weights in the flattened tensor.
 
