@@ -25,8 +25,8 @@ from jaxsparse.subspaces.targets import MatrixView, Targets, resolve_targets
 
 __all__ = ["diff", "tensors_by_path"]
 
-_INDEX_BYTES = 1.5
-"""What a coordinate's index takes on disk beside its bits, about: of gaps at density 0.1 %."""
+_SPARSEST_SLICES = 4
+"""Slices are kept whole if no more than so many of their weights stand for one that changed: the others are zeros."""
 
 
 def tensors_by_path(tree: PyTree, name: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _check_factors(base: dict[str, Any], factors: Mapping[str, TensorDelta]) -> 
 
 def _difference(old: Any, new: Any, view: MatrixView | None) -> TensorDelta:
     indices = changed_indices(old, new)
-    found = None if view is None or not indices.size else _whole_slices(view, indices, old.dtype.itemsize)
+    found = None if view is None or not indices.size else _whole_slices(view, indices)
     if found is not None and view is not None:
         indices = slice_indices(view, *found)
     before, after = (gather_bits(leaf, indices.reshape(-1)).reshape(indices.shape) for leaf in (old, new))
@@ -157,8 +157,8 @@ def _difference(old: Any, new: Any, view: MatrixView | None) -> TensorDelta:
     return SliceDelta(**common, view=view, axis=found[0], slices=found[1])
 
 
-def _whole_slices(view: MatrixView, indices: np.ndarray, itemsize: int) -> tuple[Any, np.ndarray] | None:
-    """Returns the axis and the numbers of the slices that hold all changed entries; None if entries take less."""
+def _whole_slices(view: MatrixView, indices: np.ndarray) -> tuple[Any, np.ndarray] | None:
+    """Returns the axis and the numbers of the slices that hold all changed entries; None if too few of them changed."""
     layer, *along = matrix_places(view, indices)
     sizes, touched = (view.in_size, view.out_size), []
     for own, size in zip(along, sizes, strict=True):
@@ -167,7 +167,7 @@ def _whole_slices(view: MatrixView, indices: np.ndarray, itemsize: int) -> tuple
         touched.append(is_touched)
     stored = [mask.sum(axis=1).max() * view.stack * other for mask, other in zip(touched, sizes[::-1], strict=True)]
     axis = int(np.argmin(stored))
-    if stored[axis] * itemsize > indices.size * (itemsize + _INDEX_BYTES):
+    if stored[axis] > _SPARSEST_SLICES * indices.size:
         return None
     # Every matrix keeps as many slices: those with fewer add the first of the others.
     count = touched[axis].sum(axis=1).max()
