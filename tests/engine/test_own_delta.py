@@ -19,11 +19,17 @@ KINDS = {
     "neuroada": (lambda: js.neuroada(ADAM, k=1, targets=TARGETS), CoordinateDelta),
     "unmerged": (lambda: js.neuroada(ADAM, k=1, targets=TARGETS, unmerged=True), CoordinateDelta),
     "paca": (lambda: js.paca(ADAM, rank=2, targets=TARGETS), SliceDelta),
-    "c3la": (lambda: js.c3la(ADAM, rank=1, chain_every=2, learning_rate=1e-2, targets=TARGETS), SliceDelta),
+    "c3la": (
+        lambda: js.c3la(optax.scale_by_adam(), rank=1, chain_every=2, learning_rate=1e-2, targets=TARGETS),
+        SliceDelta,
+    ),
     "full": (lambda: js.full(ADAM), CoordinateDelta),
     "lora": (lambda: js.lora(ADAM, rank=2, targets=TARGETS), FactorDelta),
     "dora": (lambda: js.dora(ADAM, rank=2, targets=TARGETS), FactorDelta),
-    "cola": (lambda: js.cola(ADAM, rank=2, chain_every=2, learning_rate=1e-2, targets=TARGETS), CoordinateDelta),
+    "cola": (
+        lambda: js.cola(optax.scale_by_adam(), rank=2, chain_every=2, learning_rate=1e-2, targets=TARGETS),
+        CoordinateDelta,
+    ),
 }
 
 
