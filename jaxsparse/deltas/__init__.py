@@ -1,5 +1,6 @@
 """Sparse deltas: what fine-tuning changed, against a named base; exact both ways, small on disk, safe to share."""
 
+from jaxsparse.deltas.changes import entry_changes
 from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.description import describe
 from jaxsparse.deltas.difference import diff
@@ -21,6 +22,7 @@ __all__ = [
     "check_base",
     "describe",
     "diff",
+    "entry_changes",
     "live",
     "load",
     "revert",

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Shaped, UInt
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.tensors import bits_dtype, index_dtype
 
-__all__ = ["Flips", "changed_indices", "gather_bits", "in_host_memory", "scatter_bits"]
+__all__ = ["Flips", "changed_indices", "expanded", "gather_bits", "in_host_memory", "scatter_bits"]
 
 _COMPARED_AT_ONCE = 1 << 22
 _MAX_INDEX = np.iinfo(np.int32).max
@@ -129,7 +129,9 @@ def _compiled(
 
 
 @functools.lru_cache(maxsize=256)
-def _host_scatter(shape: tuple[int, ...], dtype: str, wide: np.dtype, donate: bool, flips: bool = False) -> Any:
+def _host_scatter(
+    shape: tuple[int, ...], dtype: str, wide: np.dtype, run: int, donate: bool, flips: bool = False
+) -> Any:
     """Returns the jitted scatter for arrays on one CPU device, whose cost is that of the entries if they are donated.
 
     Bits take the place of the old ones, or are combined with them by exclusive or if it `flips`. Indices and bits come
@@ -138,8 +140,8 @@ def _host_scatter(shape: tuple[int, ...], dtype: str, wide: np.dtype, donate: bo
 
     def write(context: Any, out: Any, array: Any, indices: Any, bits: Any) -> None:
         # The result took over the operand's buffer.
-        entries = np.asarray(out).reshape(-1).view(bits_dtype(dtype))
-        places, new = np.asarray(indices).view(wide), np.asarray(bits).view(entries.dtype)
+        entries = np.asarray(out).reshape(-1).view(bits_dtype(dtype)).reshape(-1, run)
+        places, new = np.asarray(indices).view(wide), np.asarray(bits).view(entries.dtype).reshape(-1, run)
         entries[places] = entries[places] ^ new if flips else new
 
     operation = buffer_callback(write, jax.ShapeDtypeStruct(shape, dtype), input_output_aliases={0: 0})
@@ -175,6 +177,22 @@ def _levels(indices: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, ..
     return first.astype(np.int32), second.astype(np.int32)
 
 
+def expanded(indices: np.ndarray, run: int) -> np.ndarray:
+    """Returns the positions of all entries of runs.
+
+    Args:
+        indices: numbers of the runs.
+        run: entries of each.
+
+    Example:
+        >>> expanded(np.array([2, 0]), 3)
+        array([6, 7, 8, 0, 1, 2])
+    """
+    if run == 1:
+        return indices
+    return (indices[:, None] * run + np.arange(run, dtype=indices.dtype)).reshape(-1)
+
+
 def _named_sharding(array: jax.Array) -> NamedSharding | None:
     if len(array.sharding.device_set) == 1:
         return None
@@ -188,13 +206,14 @@ def _host_bits(array: np.ndarray) -> np.ndarray:
 
 
 def gather_bits(
-    array: Shaped[Array | np.ndarray, "..."], indices: Int[np.ndarray, " entries"]
+    array: Shaped[Array | np.ndarray, "..."], indices: Int[np.ndarray, " runs"], run: int = 1
 ) -> UInt[np.ndarray, " entries"]:
     """Returns the bit patterns of some entries, on the host.
 
     Args:
         array: a tensor of one of the dtypes that deltas hold.
-        indices: positions in the flattened tensor, in range.
+        indices: positions in the flattened tensor, in range; or numbers of runs.
+        run: entries of a run; the tensor is a whole number of runs.
 
     Returns:
         Unsigned integers as wide as the dtype.
@@ -206,7 +225,8 @@ def gather_bits(
     if not indices.size:
         return np.zeros(0, bits_dtype(array.dtype.name))
     if in_host_memory(array):
-        return _host_bits(np.asarray(array))[indices]
+        return _host_bits(np.asarray(array)).reshape(-1, run)[indices].reshape(-1)
+    indices = expanded(indices, run)
     if not array.ndim:
         array = array.reshape(1)
     gather = _compiled("gather", array.shape, _named_sharding(array), False)  # type: ignore[arg-type]
@@ -215,8 +235,9 @@ def gather_bits(
 
 def scatter_bits(
     array: Shaped[Array | np.ndarray, "..."],
-    indices: Int[np.ndarray, " entries"],
+    indices: Int[np.ndarray, " runs"],
     bits: UInt[np.ndarray, " entries"],
+    run: int = 1,
     *,
     donate: bool = False,
 ) -> Shaped[Array | np.ndarray, "..."]:
@@ -224,8 +245,9 @@ def scatter_bits(
 
     Args:
         array: a tensor of one of the dtypes that deltas hold.
-        indices: positions in the flattened tensor, in range, unique.
+        indices: positions in the flattened tensor, in range, unique; or numbers of runs.
         bits: the new bit patterns.
+        run: entries of a run; the tensor is a whole number of runs.
         donate: give the tensor's memory to the result; it must not be used any more.
 
     Returns:
@@ -238,15 +260,16 @@ def scatter_bits(
     if isinstance(array, np.ndarray):
         in_place = donate and array.flags.writeable and array.flags.c_contiguous
         result = array if in_place else np.array(array, order="C")
-        result.reshape(-1).view(bits.dtype)[indices] = bits
+        result.reshape(-1).view(bits.dtype).reshape(-1, run)[indices] = bits.reshape(-1, run)
         return result
     if not indices.size:
         return array
     if not array.ndim:
         return scatter_bits(array.reshape(1), indices, bits).reshape(())
     if in_host_memory(array):
-        scatter = _host_scatter(array.shape, array.dtype.name, indices.dtype, donate)
+        scatter = _host_scatter(array.shape, array.dtype.name, indices.dtype, run, donate)
         return scatter(array, indices.view(np.uint8), bits.view(np.uint8))
+    indices = expanded(indices, run)
     levels = _levels(indices, array.shape)
     padded = np.zeros(levels[0].size, bits.dtype)
     padded[: bits.size] = bits
@@ -260,17 +283,23 @@ class Flips:
 
     Args:
         array: a JAX array; its shape, dtype and sharding.
-        indices: positions in the flattened tensor, in range, unique.
+        indices: positions in the flattened tensor, in range, unique; or numbers of runs.
         xor: what to combine them with.
+        run: entries of a run; the tensor is a whole number of runs.
     """
 
     def __init__(
-        self, array: jax.Array, indices: Int[np.ndarray, " entries"], xor: UInt[np.ndarray, " entries"]
+        self,
+        array: jax.Array,
+        indices: Int[np.ndarray, " runs"],
+        xor: UInt[np.ndarray, " entries"],
+        run: int = 1,
     ) -> None:
         if in_host_memory(array):
-            self._flip = _host_scatter(array.shape, array.dtype.name, indices.dtype, True, True)
-            self._arguments: tuple[Any, ...] = indices.view(np.uint8), xor.view(np.uint8)
+            self._flip = _host_scatter(array.shape, array.dtype.name, indices.dtype, run, True, True)
+            self._arguments: tuple[Any, ...] = jax.device_put((indices.view(np.uint8), xor.view(np.uint8)))
             return
+        indices = expanded(indices, run)
         shape, sharding = array.shape or (1,), _named_sharding(array)
         levels = _levels(indices, shape)
         padded = np.zeros(levels[0].size, xor.dtype)

@@ -38,7 +38,7 @@ def entry_changes(path: str, tensor: CoordinateDelta | SliceDelta, leaf: Any) ->
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"tensor {path} of dtype {tensor.dtype} holds no floating-point numbers")
     wide = np.promote_types(dtype, np.float32)
-    old = gather_bits(leaf, tensor.indices.reshape(-1)).reshape(tensor.xor.shape)
+    old = gather_bits(leaf, *tensor.runs).reshape(tensor.xor.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         change = (old ^ tensor.xor).view(dtype).astype(wide) - old.view(dtype).astype(wide)
     if not np.all(np.isfinite(change)):

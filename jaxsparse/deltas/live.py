@@ -97,4 +97,5 @@ def _flips(name: str, path: str, tensor: Any, leaf: Any) -> Flips:
         )
     if isinstance(leaf, np.ndarray):
         raise InputError(f"tensor {path} is a NumPy array; live models are JAX arrays")
-    return Flips(leaf, tensor.indices.reshape(-1), tensor.xor.reshape(-1))
+    indices, run = tensor.runs
+    return Flips(leaf, indices, tensor.xor.reshape(-1), run)

@@ -209,7 +209,7 @@ def moved_bits(tensors: dict[str, Any], delta: Delta, source: Side, target: Side
     moved = {}
     for path, tensor in delta.tensors.items():
         if isinstance(tensor, CoordinateDelta | SliceDelta):
-            old = gather_bits(tensors[path], tensor.indices.reshape(-1)).reshape(tensor.xor.shape)
+            old = gather_bits(tensors[path], *tensor.runs).reshape(tensor.xor.shape)
             moved[path] = check_bits(path, tensor, old, source, delta.metadata)
     return moved
 
@@ -218,8 +218,8 @@ def _write(
     tensors: dict[str, Any], delta: Delta, moved: dict[str, np.ndarray], may_donate: Callable[[str], bool]
 ) -> None:
     for path, bits in moved.items():
-        indices = delta.tensors[path].indices.reshape(-1)  # type: ignore[attr-defined]
-        tensors[path] = scatter_bits(tensors[path], indices, bits.reshape(-1), donate=may_donate(path))
+        indices, run = delta.tensors[path].runs  # type: ignore[attr-defined]
+        tensors[path] = scatter_bits(tensors[path], indices, bits.reshape(-1), run, donate=may_donate(path))
 
 
 # ---- factors ---------------------------------------------------------------------------------------------------

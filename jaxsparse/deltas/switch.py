@@ -7,11 +7,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxsparse.common.paths import flatten_with_paths
-from jaxsparse.deltas.bits import gather_bits, scatter_bits
+from jaxsparse.deltas.bits import expanded, gather_bits, scatter_bits
 from jaxsparse.deltas.delta import Delta
 from jaxsparse.deltas.difference import tensors_by_path
-from jaxsparse.deltas.patch import apply, check_bits, check_shapes, donatable, revert
-from jaxsparse.deltas.tensors import CoordinateDelta, SliceDelta, TensorDelta
+from jaxsparse.deltas.patch import Side, apply, check_bits, check_shapes, donatable, revert
 
 __all__ = ["switch"]
 
@@ -55,39 +54,39 @@ def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None,
         writes[path] = _exchanged(path, tensors[path], off, on)
     may_donate = donatable(tensors, donate)
     for path, (indices, bits) in writes.items():
-        tensors[path] = scatter_bits(tensors[path], indices, bits, donate=may_donate(path))
+        tensors[path] = scatter_bits(tensors[path], indices, bits.reshape(-1), bits.shape[1], donate=may_donate(path))
     return jax.tree.unflatten(flatten_with_paths(params)[1], tensors.values())
 
 
-class _Entries(NamedTuple):
-    """A delta's entries of one tensor.
+class _Write(NamedTuple):
+    """New bits of runs of entries of one tensor.
 
     Attributes:
-        tensor: the tensor's delta.
-        indices: positions in the flattened tensor, in the delta's own order.
+        indices: numbers of the runs, increasing.
+        bits: (runs, entries of a run).
     """
 
-    tensor: CoordinateDelta | SliceDelta
     indices: np.ndarray
+    bits: np.ndarray
 
 
-def _entries(tensor: TensorDelta | None) -> _Entries | None:
-    if not isinstance(tensor, CoordinateDelta | SliceDelta):
-        return None
-    return _Entries(tensor, tensor.indices.reshape(-1))
-
-
-def _exchanged(path: str, leaf: Any, off: Delta, on: Delta) -> tuple[np.ndarray, np.ndarray]:
+def _exchanged(path: str, leaf: Any, off: Delta, on: Delta) -> _Write:
     """Returns where the two models differ, and the bits that the new one has there."""
-    leaves, comes = _entries(off.tensors.get(path)), _entries(on.tensors.get(path))
-    union = np.unique(np.concatenate([entries.indices for entries in (leaves, comes) if entries is not None]))
-    bits = gather_bits(leaf, union)
-    if leaves is not None:
-        place = np.searchsorted(union, leaves.indices)
-        own = bits[place].reshape(leaves.tensor.xor.shape)
-        bits[place] = check_bits(path, leaves.tensor, own, "tuned", off.metadata).reshape(-1)
-    if comes is not None:
-        place = np.searchsorted(union, comes.indices)
-        own = bits[place].reshape(comes.tensor.xor.shape)
-        bits[place] = check_bits(path, comes.tensor, own, "base", on.metadata).reshape(-1)
-    return union, bits
+    sides: list[tuple[Side, Delta]] = [("tuned", off), ("base", on)]
+    known = [(side, delta.metadata, delta.tensors[path]) for side, delta in sides if path in delta.tensors]
+    runs = _common_runs([tensor.runs for _, _, tensor in known])  # type: ignore[attr-defined]
+    indices = runs[0][0] if len(runs) == 1 else np.concatenate([indices for indices, _ in runs])
+    union, run = np.unique(indices), runs[0][1]
+    bits = gather_bits(leaf, union, run).reshape(-1, run)
+    for (side, metadata, tensor), (indices, _) in zip(known, runs, strict=True):
+        place = np.searchsorted(union, indices)
+        moved = check_bits(path, tensor, bits[place].reshape(tensor.xor.shape), side, metadata)  # type: ignore
+        bits[place] = moved.reshape(-1, run)
+    return _Write(union, bits)
+
+
+def _common_runs(runs: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
+    """Returns runs of one length: entries one by one, where lengths differ."""
+    if len({run for _, run in runs}) == 1:
+        return runs
+    return [(expanded(indices, run), 1) for indices, run in runs]

@@ -158,6 +158,11 @@ class CoordinateDelta(TensorDelta):
         """The number of changed entries."""
         return self.indices.size
 
+    @property
+    def runs(self) -> tuple[Int[np.ndarray, " entries"], int]:
+        """The positions, each a run of one entry."""
+        return self.indices, 1
+
 
 @dataclass(frozen=True, eq=False)
 class SliceDelta(TensorDelta):
@@ -204,6 +209,14 @@ class SliceDelta(TensorDelta):
     def indices(self) -> Int[np.ndarray, "stack slices others"]:
         """Positions of the slices' weights in the flattened tensor (C order)."""
         return slice_indices(self.view, self.axis, self.slices)
+
+    @property
+    def runs(self) -> tuple[Int[np.ndarray, " runs"], int]:
+        """Which runs of how many consecutive entries the tensor is changed at: input slices are whole runs."""
+        if self.axis == "input" and self.view.is_in_order:
+            layers = np.arange(self.view.stack, dtype=np.int64)[:, None] * self.view.in_size
+            return (layers + self.slices).reshape(-1).astype(index_dtype(self.size)), self.view.out_size
+        return self.indices.reshape(-1), 1
 
     @property
     def entries(self) -> int:
