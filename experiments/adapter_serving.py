@@ -1,9 +1,9 @@
 """Switching between adapters of one layer, and serving many at once: S²FT's figure 6, by what this package does.
 
 Switching: from one adapter to another on a square layer; slices of S²FT, or single entries, against a LoRA that is
-taken off and put on by two products and two sums. `live` is `js.deltas.live`, whose deltas lie beside the model; `checked` is
-`js.deltas.switch`, which brings the entries to the host and compares their checksums before it writes. Serving: a batch
-whose rows have adapters of their own, beside one product with the base.
+taken off and put on by two products and two sums. `live` is `js.deltas.live`, whose deltas lie beside the model;
+`checked` is `js.deltas.switch`, which brings the entries to the host and compares their checksums before it writes.
+Serving: a batch whose rows have adapters of their own, beside one product with the base.
 """
 
 import dataclasses
