@@ -5,12 +5,11 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
-import tensorstore
 from jaxtyping import PyTree
 
 from jaxsparse.common.errors import InputError
@@ -65,6 +64,9 @@ def save(path: str | os.PathLike[str], delta: Delta, *, overwrite: bool = False)
     with atomic_folder(target, overwrite=overwrite) as folder:
         (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
         if arrays:
+            # Imported late: tuners make deltas, and who trains need not wait for Orbax before.
+            import orbax.checkpoint as ocp
+
             with ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=False, use_compression=True) as checkpointer:
                 checkpointer.save(folder.absolute() / _ARRAYS, dict(arrays))
 
@@ -146,7 +148,9 @@ def _open_folder(folder: Path) -> _Opened:
     return manifest, read_arrays
 
 
-def _open_plane(folder: Path, name: str, size: int) -> tensorstore.TensorStore:
+def _open_plane(folder: Path, name: str, size: int) -> Any:
+    import tensorstore  # late, as Orbax
+
     # Orbax restores all arrays at once and leaves unhandled exceptions behind when several of them are damaged.
     files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
     plane = tensorstore.open({"driver": "zarr", "kvstore": files, "fill_missing_data_reads": False}).result()
