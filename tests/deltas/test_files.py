@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,7 +133,7 @@ def test_a_failed_save_leaves_nothing(rng, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(delta_files.ocp.PyTreeCheckpointer, "save", full)
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
     monkeypatch.setattr(os, "replace", full)
     for form in FORMS:
         with pytest.raises(InputError, match="No space left"):
@@ -278,7 +279,7 @@ def test_a_decompression_bomb_is_refused(saved, tmp_path):
 
 def test_orbax_reads_the_arrays(saved):
     folder, *_, delta = saved
-    with delta_files.ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder.absolute() / "tuned" / "arrays")
     decoded = decode(
         {path: header_of(tensor) for path, tensor in delta.tensors.items()},
