@@ -7,6 +7,7 @@ from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.live import Live, live
 from jaxsparse.deltas.patch import apply, check_base, revert
+from jaxsparse.deltas.stack import Stacked, stack
 from jaxsparse.deltas.switch import switch
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
 
@@ -17,6 +18,7 @@ __all__ = [
     "Live",
     "Metadata",
     "SliceDelta",
+    "Stacked",
     "TensorDelta",
     "apply",
     "check_base",
@@ -27,5 +29,6 @@ __all__ = [
     "load",
     "revert",
     "save",
+    "stack",
     "switch",
 ]

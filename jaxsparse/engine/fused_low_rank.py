@@ -57,9 +57,10 @@ class _LowRankSlots(SlotRule):
         narrow = values.dtype
         return self.scale * ((values @ first.astype(narrow)) @ second.astype(narrow))
 
-    def factor(self, slots: Any) -> Array | None:
+    def factor(self, slots: Any, added: Array) -> Array | None:
         """Returns m / c; c counts as constant (DoRA, section 4.3)."""
-        return _gain(slots)
+        gain = _gain(slots)
+        return None if gain is None else gain[None]
 
 
 def _gain(slots: Any) -> Array | None:

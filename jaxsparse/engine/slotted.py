@@ -68,9 +68,18 @@ class SlotRule(abc.ABC):
         """Returns what an overlay adds to the product of values with the weight."""
         raise NotImplementedError
 
-    def factor(self, slots: Any) -> Float[Array, " outputs"] | None:
-        """Returns what an overlay multiplies every output by, its own term included; None: nothing."""
+    def factor(self, slots: Any, added: Float[Array, "tokens outputs"]) -> Float[Array, "#tokens outputs"] | None:
+        """Returns what an overlay multiplies every output by, its own term `added` included; None: nothing."""
         return None
+
+    def check_use(self, weight: "SlottedWeight", tokens: tuple[int, ...], side: str) -> None:  # noqa: B027
+        """Raises an UnsupportedUseError where an overlay cannot be part of a product.
+
+        Args:
+            weight: the weight.
+            tokens: sizes of the axes that the values' tokens are counted by.
+            side: INPUT, or OUTPUT if the weight is used transposed.
+        """
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "slots"], meta_fields=["rule", "roles", "path"])
@@ -174,16 +183,19 @@ def contract(
 
 def _overlaid(weight: SlottedWeight, product: _Product, side: str, values: Array) -> Array:
     """The product with the weight as it stands, and what the slots add to it; JAX differentiates the latter."""
+    features = {*product.contracted[0], *product.batched[0]}
+    tokens = tuple(size for axis, size in enumerate(values.shape) if axis not in features)
+    weight.rule.check_use(weight, tokens, side)
     plain = product.of(values, weight.base)
     term = over_layers(weight, lambda slots, x: weight.rule.term(slots, x, side))
     added = term(weight.slots, _values_matrix(weight, product, side, values))
     total = plain + _as_output(weight, added, plain, side).astype(plain.dtype)
-    factor = over_layers(weight, lambda slots, _: weight.rule.factor(slots))(weight.slots, added)
+    factor = over_layers(weight, weight.rule.factor)(weight.slots, added)
     if factor is None:
         return total
     if side == OUTPUT:
         raise UnsupportedUseError(weight.path, "a product with the transposed weight, whose outputs are scaled")
-    scaled = jnp.broadcast_to(factor[..., None, :], added.shape)
+    scaled = jnp.broadcast_to(factor, added.shape)
     return (total * _as_output(weight, scaled, plain, side)).astype(plain.dtype)
 
 

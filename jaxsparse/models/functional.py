@@ -190,6 +190,10 @@ class LanguageModel:
         counted = jnp.sum(weights)
         return loss_sum / jnp.maximum(counted, 1.0), {"tokens": counted, "loss_sum": loss_sum}
 
+    def dtype(self, params: Parameters) -> Any:
+        """Returns the dtype that the model computes in."""
+        return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+
     def empty_cache(self, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> Cache:
         """Returns a cache of keys and values with nothing in it.
 

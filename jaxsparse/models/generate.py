@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,34 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.models.attention import Cache
-from jaxsparse.models.functional import LanguageModel, Parameters
 
-__all__ = ["generate"]
+__all__ = ["Decodes", "generate"]
 
 _BUCKET = 64
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 
+@runtime_checkable
+class Decodes(Protocol):
+    """What continues tokens: a `LanguageModel`, or one whose rows have adapters of their own; hashable."""
+
+    @property
+    def config(self) -> Any:
+        """The configuration."""
+
+    def dtype(self, params: Any) -> Any:
+        """Returns the dtype that it computes in."""
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
+        """Returns a cache of keys and values with nothing in it."""
+
+    def next_logits(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Array, Cache]:
+        """Returns the logits of the token after the last of new tokens, and the extended cache."""
+
+
 def generate(
-    model: LanguageModel,
-    params: Parameters,
+    model: Decodes,
+    params: Any,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -55,6 +72,7 @@ def generate(
 
     Example:
         >>> from jaxsparse.models.configs import GPT2Config
+        >>> from jaxsparse.models.functional import LanguageModel
         >>> model = LanguageModel(
         ...     GPT2Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=2, num_heads=2)
         ... )
@@ -81,7 +99,7 @@ def generate(
 
 
 def _check(
-    model: LanguageModel,
+    model: Decodes,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
@@ -143,8 +161,8 @@ class _Progress(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sample"))
 def _generate(
-    model: LanguageModel,
-    params: Parameters,
+    model: Decodes,
+    params: Any,
     prompts: Int[Array, "batch width"],
     lengths: Int[Array, " batch"],
     stop_ids: Int[Array, " stops"],
@@ -177,14 +195,9 @@ def _generate(
         positions = (lengths + progress.step - 1)[:, None]
         return record(progress, *model.next_logits(params, last, positions, progress.cache))
 
-    cache = model.empty_cache(batch, width + max_new_tokens, _dtype(params))
+    cache = model.empty_cache(batch, width + max_new_tokens, model.dtype(params))
     # Counted from each row's first token; padding gets -1.
     positions = jnp.maximum(jnp.arange(width)[None] - (width - lengths)[:, None], -1).astype(jnp.int32)
     start = _Progress(jnp.int32(0), jnp.zeros((batch, max_new_tokens), jnp.int32), jnp.zeros(batch, bool), cache)
     first = record(start, *model.next_logits(params, prompts, positions, cache))
     return jax.lax.while_loop(unfinished, decode, first).tokens
-
-
-def _dtype(params: Parameters) -> Any:
-    """Returns the dtype that the model computes in."""
-    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)))

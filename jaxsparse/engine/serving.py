@@ -1,0 +1,212 @@
+"""Serving many deltas at once: every row of a batch has its own adapter, or none, on the unmodified model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.deltas.stack import NOBODY, Group, Stacked, TensorStack
+from jaxsparse.engine.interpreter import followed
+from jaxsparse.engine.slotted import INPUT, SlotRule, SlottedWeight, UnsupportedUseError, slotted
+from jaxsparse.kernels import adapter_matmul, adapter_slices_matmul
+from jaxsparse.models.functional import LanguageModel, Parameters
+
+__all__ = ["ServedModel", "ServedParameters", "serve"]
+
+
+@dataclass(frozen=True)
+class _AdapterRows(SlotRule):
+    """The term x D of every row's own adapter, and its gain where it has one.
+
+    Slots: "adapters", (rows,), numbers of the rows' adapters; "groups", of one matrix.
+
+    Attributes:
+        outputs: number of outputs of the matrix.
+    """
+
+    outputs: int
+    overlay = True
+
+    def gradients(self, slots: Any, left: Any, right: Any) -> Any:
+        """Nothing: adapters are served, not trained."""
+        raise NotImplementedError
+
+    def check_use(self, weight: SlottedWeight, tokens: tuple[int, ...], side: str) -> None:
+        """Checks that the model multiplies rows by the weight, and nothing that is ordered otherwise."""
+        rows = weight.slots["adapters"].shape[-1]
+        if side != INPUT:
+            raise UnsupportedUseError(weight.path, "a product with the transposed weight while rows have adapters")
+        if not tokens or (tokens[0] != rows and (len(tokens) > 1 or tokens[0] % rows)):
+            raise UnsupportedUseError(
+                weight.path, f"a product with values whose leading axes {tokens} are not the {rows} rows"
+            )
+
+    def term(self, slots: Any, values: Float[Array, "tokens inputs"], side: str) -> Float[Array, "tokens outputs"]:
+        """Returns x D, zeros for rows whose adapter changes nothing here."""
+        adapters, groups = slots["adapters"], slots["groups"]
+        total = jnp.zeros((values.shape[0], self.outputs), jnp.promote_types(values.dtype, jnp.float32))
+        if "factors" in groups:
+            total = total + _of_factors(values, _places(groups["factors"], adapters), groups["factors"].arrays)
+        for kind in ("entries", "neurons", "slices"):
+            if kind in groups:
+                places = jnp.repeat(_places(groups[kind], adapters), values.shape[0] // adapters.shape[0])
+                total = total + self._of_indices(kind, values, places, **groups[kind].arrays)
+        return total
+
+    def _of_indices(self, kind: str, x: Array, places: Array, index: Array, values: Array) -> Array:
+        if kind == "entries":
+            return adapter_matmul(x, places, index, values, self.outputs, is_sorted=True)
+        return (adapter_matmul if kind == "neurons" else adapter_slices_matmul)(x, places, index, values)
+
+    def factor(self, slots: Any, added: Float[Array, "tokens outputs"]) -> Float[Array, "tokens outputs"] | None:
+        """Returns the gain of every row's adapter, 1 for those that have none."""
+        if "gains" not in slots["groups"]:
+            return None
+        places = _places(slots["groups"]["gains"], slots["adapters"])
+        gains = slots["groups"]["gains"].arrays["gain"][jnp.maximum(places, 0)]
+        gains = jnp.where(places[:, None] >= 0, gains, 1)
+        return jnp.repeat(gains, added.shape[0] // places.shape[0], axis=0)
+
+
+def _places(group: Group, adapters: Int[Array, " rows"]) -> Int[Array, " rows"]:
+    """The place of every row's adapter in a group; -1 for none."""
+    inside = (adapters >= 0) & (adapters < group.place.shape[0])
+    return jnp.where(inside, group.place[jnp.where(inside, adapters, 0)], NOBODY)
+
+
+def _of_factors(
+    values: Float[Array, "tokens inputs"], places: Int[Array, " rows"], arrays: dict[str, Array]
+) -> Float[Array, "tokens outputs"]:
+    """(x A) B of every row; the factors are gathered once a row, not once a token."""
+    a, b = (arrays[name][jnp.maximum(places, 0)] for name in "ab")
+    x = values.reshape(places.shape[0], -1, values.shape[1]).astype(a.dtype)
+    product = jnp.matmul(jnp.matmul(x, a, precision="highest"), b, precision="highest")
+    return jnp.where(places[:, None, None] >= 0, product, 0).reshape(values.shape[0], -1)
+
+
+def serve(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of a model's parameters run every row of a batch with an adapter of its own.
+
+    The model stays as it is: its weights are followed through it, as the fused engine does, and where it multiplies by
+    one, each row's own change is added: single entries by sparse products, slices by small dense ones, factors one
+    after the other, a gain at last.
+
+    Args:
+        function: (params, *arguments) -> a pytree of arrays; the first axis of what it multiplies by weights must be
+            the batch's rows. What is not an array belongs into a closure.
+
+    Returns:
+        A function (params, stacked, adapters, *arguments): `params` are the base's, `stacked` is what `js.deltas.stack`
+        returned, `adapters` (rows,) int32, the number of every row's adapter, -1 for none, as `stacked.numbers` returns
+        them. It can be jitted.
+
+    Raises:
+        UnsupportedUseError: when called: the model uses a changed weight otherwise than in a product with rows, such as
+            an embedding's look-up.
+
+    Example:
+        >>> import jaxsparse as js
+        >>> def model(params, x):
+        ...     return x @ params["kernel"]
+        >>> base = {"kernel": jnp.zeros((2, 1))}
+        >>> tuned = [{"kernel": base["kernel"].at[at].set(1.0)} for at in range(2)]
+        >>> stacked = js.deltas.stack([js.deltas.diff(base, each) for each in tuned], base=base)
+        >>> js.serve(model)(base, stacked, stacked.numbers([1, None, 0]), jnp.array([[1.0, 2.0]] * 3))
+        Array([[2.],
+               [0.],
+               [1.]], dtype=float32)
+    """
+
+    def served(params: Any, stacked: Stacked, adapters: Int[Array | np.ndarray, " rows"], *arguments: Any) -> Any:
+        pairs, structure = flatten_with_paths(params)
+        rows = jnp.asarray(adapters, jnp.int32)
+        leaves = [
+            _wrapped(path, leaf, stacked.tensors[path], rows) if path in stacked.tensors else leaf
+            for path, leaf in pairs
+        ]
+        return followed(function)(jax.tree.unflatten(structure, leaves), *arguments)
+
+    return served
+
+
+def _wrapped(path: str, leaf: Array, tensor: TensorStack, adapters: Array) -> SlottedWeight:
+    view = tensor.view
+    slots = {"adapters": jnp.tile(adapters, (view.stack, 1)), "groups": tensor.groups}
+    return slotted(leaf, view, slots, _AdapterRows(view.out_size), path)
+
+
+class ServedParameters(NamedTuple):
+    """What a `ServedModel` takes for parameters.
+
+    Attributes:
+        params: of the base.
+        stacked: the adapters.
+        adapters: (rows,), the number of every row's adapter; -1 for none.
+    """
+
+    params: Parameters
+    stacked: Stacked
+    adapters: Int[Array, " rows"]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A language model whose rows have adapters of their own, for `generate`.
+
+    Attributes:
+        model: the language model, as it is.
+
+    Example:
+        >>> import jaxsparse as js
+        >>> from jaxsparse.models.configs import GPT2Config
+        >>> from jaxsparse.models.generate import generate
+        >>> model = LanguageModel(
+        ...     GPT2Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=2, num_heads=2)
+        ... )
+        >>> base = model.init(jax.random.key(0))
+        >>> tuned = jax.tree.map(lambda leaf: leaf, base)
+        >>> kernel = tuned["layers"]["mlp"]["c_fc"]["kernel"]
+        >>> tuned["layers"]["mlp"]["c_fc"]["kernel"] = kernel.at[:, 0].add(1.0)
+        >>> stacked = js.deltas.stack({"mine": js.deltas.diff(base, tuned)}, base=base)
+        >>> served = ServedModel(model)
+        >>> parameters = served.parameters(base, stacked, ["mine", None])
+        >>> [len(row) for row in generate(served, parameters, [[1, 2], [3]], max_new_tokens=4, stop_ids=[])]
+        [4, 4]
+    """
+
+    model: LanguageModel
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    def parameters(self, params: Parameters, stacked: Stacked, rows: Sequence[str | int | None]) -> ServedParameters:
+        """Returns what the model takes for parameters.
+
+        Args:
+            params: of the base.
+            stacked: the adapters.
+            rows: the name or number of every row's adapter, None for the plain base.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        return ServedParameters(params, stacked, jnp.asarray(stacked.numbers(rows)))
+
+    def dtype(self, params: ServedParameters) -> Any:
+        """Returns the dtype that the model computes in."""
+        return self.model.dtype(params.params)
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
+        """Returns a cache of keys and values with nothing in it."""
+        return self.model.empty_cache(batch, slots, dtype)
+
+    def next_logits(self, params: ServedParameters, tokens: Any, positions: Any, cache: Any) -> tuple[Array, Any]:
+        """Runs new tokens after those in the cache, every row with its own adapter."""
+        return serve(self.model.next_logits)(*params, tokens, positions, cache)
