@@ -120,8 +120,9 @@ def _neuron_bands(inputs: int, index: Array, values: Array, dtype: jnp.dtype) ->
 
 
 def _neuron_band(inputs: int, index: Array, values: Array) -> Array:
+    # Added, since an output may name an input twice, as padding with zeros does.
     columns = jnp.arange(index.shape[1], dtype=index.dtype)
-    return jnp.zeros((inputs, index.shape[1]), values.dtype).at[index, columns].set(values)
+    return jnp.zeros((inputs, index.shape[1]), values.dtype).at[index, columns].add(values)
 
 
 def neurons_by_bands(x: Array, index: Array, values: Array) -> Array:

@@ -31,6 +31,19 @@ def dense(flat: np.ndarray, values: Any, inputs: int, outputs: int) -> np.ndarra
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k", [1, 7])
+def test_an_output_may_name_an_input_twice(k: int, implementation: Any, rng: np.random.Generator) -> None:
+    """As padding does, with zeros, where adapters differ in size."""
+    index = rng.integers(0, 16, (k, 24)).astype(np.int32)
+    x, values = rng.normal(size=(5, 16)), rng.normal(size=(k, 24))
+    expected = np.einsum("ko,tko->to", values, x[:, index])
+    found = gather_matmul(
+        jnp.asarray(x, jnp.float32), index, jnp.asarray(values, jnp.float32), implementation=implementation
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", ["neurons", "entries"])
 @pytest.mark.parametrize(("tokens", "inputs", "outputs", "k", "dtype"), SIZES)
 def test_product_and_gradients_are_those_of_the_dense_matrix(
