@@ -29,7 +29,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.fingerprints import tensor_checksum
 from jaxsparse.common.progress import progress
-from jaxsparse.deltas import CoordinateDelta, Delta, Metadata, SliceDelta
+from jaxsparse.deltas import CoordinateDelta, Delta, FactorDelta, Metadata, SliceDelta
 from jaxsparse.plan.absent import use_cpu
 from jaxsparse.subspaces.targets import matrix_view
 
@@ -223,9 +223,54 @@ def _rows(part: str, size: int, adapters: int, times: dict[str, tuple[float, flo
 # ---- serving many ----------------------------------------------------------------------------------------------
 
 
+def lora_rows(weight: Array, x: Array, adapters: Array, a: Array, b: Array) -> Array:
+    """Batched LoRA by hand: every row's factors are gathered, and multiplied one after the other."""
+    return x @ weight + jnp.einsum("nr,nro->no", jnp.einsum("ni,nir->nr", x, a[adapters]), b[adapters])
+
+
+def serve_routes(config: AdapterServingConfig, adapters: int) -> dict[str, Callable[[], Any]]:
+    """Returns the product of a batch with a layer alone, and with adapters beside it."""
+    weight = layer(config.width, config.dtype)
+    host = np.array(weight)
+    x = jax.random.normal(jax.random.key(2), (config.rows, config.width), jnp.dtype(config.dtype))
+    rows = jnp.asarray(np.random.default_rng(3).permutation(config.rows) % adapters, jnp.int32)
+    a, b = factors(config.width, config.rank, config.dtype, adapters)
+    alone, by_hand = jax.jit(lambda weight, x: x @ weight), jax.jit(lora_rows)
+    routes = {
+        f"LoRA r={config.rank}, by hand": partial(by_hand, weight, x, rows, a, b),
+        "the base alone": partial(alone, weight, x),
+    }
+    served = jax.jit(js.serve(lambda params, x: x @ params["kernel"]))
+    base = {"kernel": weight}
+    made = {
+        f"{config.slices} slices": [slices_delta(host, config.slices, seed) for seed in range(adapters)],
+        f"entries, density {config.density:g}": [entries_delta(host, config.density, seed) for seed in range(adapters)],
+        f"LoRA r={config.rank}": [_factor_delta(host, a[seed], b[seed]) for seed in range(adapters)],
+    }
+    for name, each in made.items():
+        stacked = js.deltas.stack(each, base=base)
+        routes[f"{name}, js.serve"] = partial(served, base, stacked, rows, x)
+    return routes
+
+
+def _factor_delta(host: np.ndarray, a: Array, b: Array) -> Delta:
+    view, checksum = matrix_view(host.shape, (), (0,), (1,)), tensor_checksum(host)
+    parts = (np.array(factor, np.float32)[None] for factor in (a, b))
+    # Nobody reverts it: what the tuned tensor's checksum would be does not matter here.
+    return Delta(
+        {"kernel": FactorDelta(host.shape, host.dtype.name, checksum, "0" * 64, view, *parts, 1.0)}, Metadata()
+    )
+
+
 def serving(config: AdapterServingConfig) -> list[Row]:
     """Times a batch's product with a layer, alone and with every kind of adapter beside it."""
-    raise NotImplementedError
+    rows = []
+    with progress("serving", len(config.adapters)) as advance:
+        for adapters in config.adapters:
+            times = in_turns(serve_routes(config, adapters), config.rounds, calls=4)
+            rows += _rows("serve", config.width, adapters, times)
+            advance(1, f"{adapters} adapters")
+    return rows
 
 
 def main(arguments: Sequence[str]) -> int:

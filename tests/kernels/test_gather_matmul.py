@@ -38,7 +38,7 @@ def test_an_output_may_name_an_input_twice(k: int, implementation: Any, rng: np.
     x, values = rng.normal(size=(5, 16)), rng.normal(size=(k, 24))
     expected = np.einsum("ko,tko->to", values, x[:, index])
     found = gather_matmul(
-        jnp.asarray(x, jnp.float32), index, jnp.asarray(values, jnp.float32), implementation=implementation
+        jnp.asarray(x, jnp.float32), jnp.asarray(index), jnp.asarray(values, jnp.float32), implementation=implementation
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
