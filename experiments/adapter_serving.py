@@ -248,7 +248,7 @@ def serve_routes(config: AdapterServingConfig, adapters: int) -> dict[str, Calla
         f"LoRA r={config.rank}": [_factor_delta(host, a[seed], b[seed]) for seed in range(adapters)],
     }
     for name, each in made.items():
-        stacked = js.deltas.stack(each, base=base)
+        stacked = js.deltas.stack(each, base=base, dtype=config.dtype)
         routes[f"{name}, js.serve"] = partial(served, base, stacked, rows, x)
     return routes
 

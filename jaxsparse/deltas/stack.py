@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, DTypeLike, Int, PyTree
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint
@@ -89,11 +89,17 @@ class Stacked:
         return np.array(found, np.int32)
 
 
-def stack(deltas: Mapping[str, Delta] | Sequence[Delta], *, base: PyTree, targets: Targets = None) -> Stacked:
+def stack(
+    deltas: Mapping[str, Delta] | Sequence[Delta],
+    *,
+    base: PyTree,
+    targets: Targets = None,
+    dtype: DTypeLike | None = None,
+) -> Stacked:
     """Puts deltas of one base side by side, for batches of which every row has its own.
 
     Deltas may be of different kinds, at one tensor too: coordinates (kept neuron by neuron where every output has about
-    as many), slices, factors. Changes are held in promote_types(dtype, float32).
+    as many), slices, factors.
 
     Args:
         deltas: by name; or in a row, whose names are then "0", "1", …
@@ -101,6 +107,7 @@ def stack(deltas: Mapping[str, Delta] | Sequence[Delta], *, base: PyTree, target
         targets: of tensors that have coordinates, which axes are layers, inputs and outputs: a regular expression or
             `js.Target`s, as a method takes them. By default a tensor of two axes is (in, out), and the first of three
             under `layers`, `blocks` or `h` counts layers.
+        dtype: of the changes; None: promote_types(a weight's dtype, float32). Narrower ones take less time to gather.
 
     Returns:
         The deltas, on the default device.
@@ -132,7 +139,7 @@ def stack(deltas: Mapping[str, Delta] | Sequence[Delta], *, base: PyTree, target
     for path in sorted({path for delta in named.values() for path in delta.tensors}):
         members = {number: delta.tensors[path] for number, delta in enumerate(named.values()) if path in delta.tensors}
         view = _view(path, members, views)
-        stacked[path] = _tensor_stack(path, view, members, tensors[path], len(named))
+        stacked[path] = _tensor_stack(path, view, members, tensors[path], len(named), dtype)
     return Stacked(stacked, tuple(named))
 
 
@@ -163,13 +170,18 @@ _Member = dict[str, np.ndarray]
 
 
 def _tensor_stack(
-    path: str, view: MatrixView, members: Mapping[int, TensorDelta], leaf: Any, adapters: int
+    path: str,
+    view: MatrixView,
+    members: Mapping[int, TensorDelta],
+    leaf: Any,
+    adapters: int,
+    dtype: DTypeLike | None,
 ) -> TensorStack:
     kinds: dict[str, dict[int, _Member]] = {}
     for number, tensor in members.items():
         for kind, arrays in _arrays(path, view, tensor, leaf).items():
             kinds.setdefault(kind, {})[number] = arrays
-    return TensorStack({kind: _group(kind, view, found, adapters) for kind, found in kinds.items()}, view)
+    return TensorStack({kind: _group(kind, view, found, adapters, dtype) for kind, found in kinds.items()}, view)
 
 
 def _arrays(path: str, view: MatrixView, tensor: TensorDelta, leaf: Any) -> dict[str, _Member]:
@@ -219,7 +231,9 @@ def _filled(arrays: Mapping[str, tuple[tuple[int, ...], np.ndarray, int]], at: A
     return found
 
 
-def _group(kind: str, view: MatrixView, members: Mapping[int, _Member], adapters: int) -> Group:
+def _group(
+    kind: str, view: MatrixView, members: Mapping[int, _Member], adapters: int, dtype: DTypeLike | None
+) -> Group:
     """Puts members side by side, padded to the largest with what changes nothing."""
     place = np.full(adapters, NOBODY, np.int32)
     place[list(members)] = np.arange(len(members))
@@ -231,5 +245,5 @@ def _group(kind: str, view: MatrixView, members: Mapping[int, _Member], adapters
         whole = np.full((shape[0], len(each), *shape[1:]), fill, np.result_type(*each))
         for number, array in enumerate(each):
             whole[(slice(None), number, *(slice(size) for size in array.shape[1:]))] = array
-        arrays[name] = jnp.asarray(whole)
+        arrays[name] = jnp.asarray(whole, None if name == "index" else dtype)
     return Group(jnp.tile(place, (view.stack, 1)), arrays)

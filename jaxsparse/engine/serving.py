@@ -13,7 +13,7 @@ from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.stack import NOBODY, Group, Stacked, TensorStack
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.slotted import INPUT, SlotRule, SlottedWeight, UnsupportedUseError, slotted
-from jaxsparse.kernels import adapter_matmul, adapter_slices_matmul
+from jaxsparse.kernels import adapter_matmul
 from jaxsparse.models.functional import LanguageModel, Parameters
 
 __all__ = ["ServedModel", "ServedParameters", "serve"]
@@ -50,18 +50,15 @@ class _AdapterRows(SlotRule):
         """Returns x D, zeros for rows whose adapter changes nothing here."""
         adapters, groups = slots["adapters"], slots["groups"]
         total = jnp.zeros((values.shape[0], self.outputs), jnp.promote_types(values.dtype, jnp.float32))
-        if "factors" in groups:
-            total = total + _of_factors(values, _places(groups["factors"], adapters), groups["factors"].arrays)
-        for kind in ("entries", "neurons", "slices"):
+        for kind, product in (("slices", _of_slices), ("factors", _of_factors)):
+            if kind in groups:
+                total = total + product(values, _places(groups[kind], adapters), groups[kind].arrays)
+        for kind, outputs in (("entries", self.outputs), ("neurons", None)):
             if kind in groups:
                 places = jnp.repeat(_places(groups[kind], adapters), values.shape[0] // adapters.shape[0])
-                total = total + self._of_indices(kind, values, places, **groups[kind].arrays)
+                index, entries = (groups[kind].arrays[name] for name in ("index", "values"))
+                total = total + adapter_matmul(values, places, index, entries, outputs, is_sorted=True)
         return total
-
-    def _of_indices(self, kind: str, x: Array, places: Array, index: Array, values: Array) -> Array:
-        if kind == "entries":
-            return adapter_matmul(x, places, index, values, self.outputs, is_sorted=True)
-        return (adapter_matmul if kind == "neurons" else adapter_slices_matmul)(x, places, index, values)
 
     def factor(self, slots: Any, added: Float[Array, "tokens outputs"]) -> Float[Array, "tokens outputs"] | None:
         """Returns the gain of every row's adapter, 1 for those that have none."""
@@ -83,10 +80,35 @@ def _of_factors(
     values: Float[Array, "tokens inputs"], places: Int[Array, " rows"], arrays: dict[str, Array]
 ) -> Float[Array, "tokens outputs"]:
     """(x A) B of every row; the factors are gathered once a row, not once a token."""
-    a, b = (arrays[name][jnp.maximum(places, 0)] for name in "ab")
-    x = values.reshape(places.shape[0], -1, values.shape[1]).astype(a.dtype)
-    product = jnp.matmul(jnp.matmul(x, a, precision="highest"), b, precision="highest")
-    return jnp.where(places[:, None, None] >= 0, product, 0).reshape(values.shape[0], -1)
+    x, a, b = _by_rows(values, places, arrays["a"], arrays["b"])
+    return _own(places, _product(_product(x.astype(a.dtype), a), b))
+
+
+def _of_slices(
+    values: Float[Array, "tokens inputs"], places: Int[Array, " rows"], arrays: dict[str, Array]
+) -> Float[Array, "tokens outputs"]:
+    """x[index] V of every row; the slices are gathered once a row, not once a token."""
+    x, index, slices = _by_rows(values, places, arrays["index"], arrays["values"])
+    return _own(places, _product(jnp.take_along_axis(x, index[:, None], axis=2).astype(slices.dtype), slices))
+
+
+def _by_rows(values: Array, places: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Values as (rows, length, inputs), and each row's own arrays; those of a single adapter serve all rows as one."""
+    if arrays[0].shape[0] == 1:
+        return values[None], *arrays
+    own = [array[jnp.maximum(places, 0)] for array in arrays]
+    return values.reshape(places.shape[0], -1, values.shape[1]), *own
+
+
+def _product(left: Array, right: Array) -> Array:
+    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    return jnp.matmul(left, right, precision="highest", preferred_element_type=dtype)
+
+
+def _own(places: Int[Array, " rows"], product: Float[Array, "_ _ outputs"]) -> Float[Array, "tokens outputs"]:
+    """A product token by token, zeros for rows that have none."""
+    by_rows = product.reshape(places.shape[0], -1, product.shape[2])
+    return jnp.where(places[:, None, None] >= 0, by_rows, 0).reshape(-1, product.shape[2])
 
 
 def serve(function: Callable[..., Any]) -> Callable[..., Any]:

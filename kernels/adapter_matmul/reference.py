@@ -1,6 +1,7 @@
-"""Products with adapters in plain XLA: one adapter at a time, those that no token has left out."""
+"""Products with adapters in plain XLA: one adapter at a time, those that no token has left out, or token by token."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,11 @@ from jaxtyping import Array, Float, Int
 
 __all__ = ["entries_reference", "neurons_reference", "slices_reference"]
 
+FEW = 2
+"""Up to so many adapters are multiplied by one after the other, each by all tokens; more cost less token by token."""
+AT_ONCE = 1 << 22
+"""Entries gathered for tokens at a time."""
+
 
 def neurons_reference(
     x: Float[Array, "tokens inputs"],
@@ -19,7 +25,13 @@ def neurons_reference(
     values: Float[Array, "adapters k outputs"],
 ) -> Float[Array, "tokens outputs"]:
     """Returns y[t, o] = sum_j values[a, j, o] x[t, index[a, j, o]]."""
-    return _by_adapter(x, adapter_of_token, index, values, index.shape[2], neurons_product)
+    if index.shape[0] <= FEW:
+        return _by_adapter(x, adapter_of_token, index, values, index.shape[2], neurons_product)
+
+    def product(x: Array, index: Array, values: Array) -> Array:
+        return jnp.sum(values * x[index], axis=0)
+
+    return _by_token(x, adapter_of_token, index, values, index.shape[2], product)
 
 
 def entries_reference(
@@ -30,11 +42,19 @@ def entries_reference(
     outputs: int,
 ) -> Float[Array, "tokens outputs"]:
     """Returns y[t] = x[t] @ D[a], where D has values at flat indices row * outputs + column."""
+    if index.shape[0] > FEW:
+        return _by_token(x, adapter_of_token, index, values, outputs, partial(_entries_of_token, outputs))
 
     def product(x: Array, index: Array, values: Array) -> Array:
         return entries_product(x, *split_flat(index, values, x.shape[1], outputs)[:3], outputs)
 
     return _by_adapter(x, adapter_of_token, index, values, outputs, product)
+
+
+def _entries_of_token(outputs: int, x: Array, index: Array, values: Array) -> Array:
+    rows, columns, values, _ = split_flat(index, values, x.shape[0], outputs)
+    terms = values * x[jnp.minimum(rows, x.shape[0] - 1)]
+    return jnp.zeros(outputs, terms.dtype).at[columns].add(terms, mode="drop")
 
 
 def slices_reference(
@@ -57,6 +77,23 @@ def slices_reference(
         )
 
     return _by_adapter(x, adapter_of_token, index, values, values.shape[2], product)
+
+
+def _by_token(
+    x: Array, adapter_of_token: Array, index: Array, values: Array, outputs: int, product: Callable[..., Array]
+) -> Array:
+    """The product of every token with its own adapter, so many tokens at a time as keep the gathered entries few."""
+    dtype = accumulation_dtype(x, values)
+
+    def of(token: tuple[Array, Array]) -> Array:
+        values_of_x, adapter = token
+        has = (adapter >= 0) & (adapter < index.shape[0])
+        own = jnp.where(has, adapter, 0)
+        found = product(values_of_x.astype(dtype), index[own], values[own].astype(dtype))
+        return jnp.where(has, found, 0)
+
+    entries = max(1, index.size // index.shape[0])
+    return jax.lax.map(of, (x, adapter_of_token), batch_size=max(1, AT_ONCE // entries))
 
 
 def _by_adapter(
