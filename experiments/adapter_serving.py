@@ -207,8 +207,8 @@ def switching(config: AdapterServingConfig) -> list[Row]:
     with progress("switching", len(config.sizes)) as advance:
         for size in config.sizes:
             routes = switch_routes(size, config)
-            # Each turns to and fro, so that a call is one of either.
-            times = in_turns(routes, config.rounds, calls=2, warm_up=2)
+            # Each turns to and fro: an even number of calls is as many of either.
+            times = in_turns(routes, config.rounds, calls=2 if config.device == "cpu" else 16, warm_up=2)
             rows += _rows("switch", size, 2, times)
             del routes
             advance(1, f"{size} x {size}")
@@ -267,7 +267,7 @@ def serving(config: AdapterServingConfig) -> list[Row]:
     rows = []
     with progress("serving", len(config.adapters)) as advance:
         for adapters in config.adapters:
-            times = in_turns(serve_routes(config, adapters), config.rounds, calls=4)
+            times = in_turns(serve_routes(config, adapters), config.rounds, calls=4 if config.device == "cpu" else 16)
             rows += _rows("serve", config.width, adapters, times)
             advance(1, f"{adapters} adapters")
     return rows

@@ -1,5 +1,6 @@
 """What a delta is: what changes of every tensor, and what that belongs to."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -15,8 +16,12 @@ __all__ = ["Delta", "Metadata"]
 
 
 def _current_versions() -> dict[str, str]:
-    packages = ("jaxsparse", "jax", "numpy", "orbax-checkpoint", "safetensors")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()}
+    for name in ("jaxsparse", "jax", "numpy", "orbax-checkpoint", "safetensors"):
+        # A checkout on the path, say, is not installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _exchanged(path: str, leaf: Any, off: Delta, on: Delta) -> _Write:
     runs = _common_runs([tensor.runs for _, _, tensor in known])  # type: ignore[attr-defined]
     indices = runs[0][0] if len(runs) == 1 else np.concatenate([indices for indices, _ in runs])
     union, run = np.unique(indices), runs[0][1]
-    bits = gather_bits(leaf, union, run).reshape(-1, run)
+    bits = np.array(gather_bits(leaf, union, run)).reshape(-1, run)  # what comes from a device cannot be written
     for (side, metadata, tensor), (indices, _) in zip(known, runs, strict=True):
         place = np.searchsorted(union, indices)
         moved = check_bits(path, tensor, bits[place].reshape(tensor.xor.shape), side, metadata)  # type: ignore

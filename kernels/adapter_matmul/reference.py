@@ -25,13 +25,11 @@ def neurons_reference(
     values: Float[Array, "adapters k outputs"],
 ) -> Float[Array, "tokens outputs"]:
     """Returns y[t, o] = sum_j values[a, j, o] x[t, index[a, j, o]]."""
-    if index.shape[0] <= FEW:
-        return _by_adapter(x, adapter_of_token, index, values, index.shape[2], neurons_product)
 
     def product(x: Array, index: Array, values: Array) -> Array:
         return jnp.sum(values * x[index], axis=0)
 
-    return _by_token(x, adapter_of_token, index, values, index.shape[2], product)
+    return _product(x, adapter_of_token, index, values, index.shape[2], neurons_product, product)
 
 
 def entries_reference(
@@ -42,13 +40,12 @@ def entries_reference(
     outputs: int,
 ) -> Float[Array, "tokens outputs"]:
     """Returns y[t] = x[t] @ D[a], where D has values at flat indices row * outputs + column."""
-    if index.shape[0] > FEW:
-        return _by_token(x, adapter_of_token, index, values, outputs, partial(_entries_of_token, outputs))
 
     def product(x: Array, index: Array, values: Array) -> Array:
         return entries_product(x, *split_flat(index, values, x.shape[1], outputs)[:3], outputs)
 
-    return _by_adapter(x, adapter_of_token, index, values, outputs, product)
+    of_token = partial(_entries_of_token, outputs)
+    return _product(x, adapter_of_token, index, values, outputs, product, of_token)
 
 
 def _entries_of_token(outputs: int, x: Array, index: Array, values: Array) -> Array:
@@ -77,6 +74,24 @@ def slices_reference(
         )
 
     return _by_adapter(x, adapter_of_token, index, values, values.shape[2], product)
+
+
+def _product(
+    x: Array,
+    adapter_of_token: Array,
+    index: Array,
+    values: Array,
+    outputs: int,
+    of_adapter: Callable[..., Array],
+    of_token: Callable[..., Array],
+) -> Array:
+    """The product by whichever way costs less; a GPU gathers so fast that token by token is always the way."""
+    by_adapter = partial(_by_adapter, outputs=outputs, product=of_adapter)
+    by_token = partial(_by_token, outputs=outputs, product=of_token)
+    arguments = (x, adapter_of_token, index, values)
+    if index.shape[0] > FEW:
+        return by_token(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=by_adapter, default=by_token)
 
 
 def _by_token(
