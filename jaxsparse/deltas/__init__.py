@@ -6,6 +6,7 @@ from jaxsparse.deltas.description import describe
 from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.live import Live, live
+from jaxsparse.deltas.mix import mix
 from jaxsparse.deltas.patch import apply, check_base, revert
 from jaxsparse.deltas.stack import Stacked, stack
 from jaxsparse.deltas.switch import switch
@@ -27,6 +28,7 @@ __all__ = [
     "entry_changes",
     "live",
     "load",
+    "mix",
     "revert",
     "save",
     "stack",
