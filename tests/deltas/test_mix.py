@@ -1,6 +1,8 @@
 """mix against NumPy written from the papers, on dense models; and what must come out to the bit."""
 
 import dataclasses
+import tracemalloc
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +127,21 @@ def test_ties_with_equal_weights_scales_the_papers_mean(rng):
     deltas = [diff({"w": base}, {"w": model}) for model in tuned_models(rng, base, 3)]
     once, half = (mix(deltas, base={"w": base}, weights=[x] * 3, how="ties", density=0.5) for x in (1.0, 0.5))
     np.testing.assert_allclose(weight_of(base, half) - base, 0.5 * (weight_of(base, once) - base), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 1.0])
+def test_ties_is_that_of_peft(rng, density):
+    """PEFT elects signs before it weighs, so that only equal weights give the same."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft.utils.merge_utils")
+    base = np.zeros(SHAPE, np.float32)
+    models = [rng.normal(size=SHAPE).astype(np.float32) for _ in range(3)]
+    deltas = [diff({"w": base}, {"w": model}) for model in models]
+    mixed = weight_of(base, mix(deltas, base={"w": base}, weights=[0.7] * 3, how="ties", density=density))
+    # At a density of 1 PEFT warns that nothing is trimmed.
+    with warnings.catch_warnings(action="ignore"):
+        theirs = peft.ties([torch.from_numpy(model) for model in models], torch.full((3,), 0.7), density)
+    np.testing.assert_allclose(mixed, theirs.numpy(), rtol=1e-6)
 
 
 def test_dare_drops_or_rescales_every_change(rng):
@@ -373,8 +390,6 @@ def test_nothing_to_mix_is_refused():
 
 def test_one_tensor_is_in_memory_at_a_time(rng):
     """Sparse deltas of a large tensor cost what their entries cost."""
-    import tracemalloc
-
     base = {name: np.ones((1000, 1000), np.float32) for name in "abcd"}
     deltas = []
     for _ in range(3):
