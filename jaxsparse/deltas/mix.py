@@ -55,15 +55,15 @@ def mix(
     there and rounded once to the weight's dtype; what sums to 0 does not change. `how` says what becomes of the d_i:
 
     * "sum": nothing; task arithmetic (Ilharco et al. 2023) and S²FT's weighted fusion (section 6.2, "Adapter Fusion").
-    * "ties" (Yadav et al. 2023, section 4.2, algorithm 1): of every d_i only the `density` largest changes stay; an
+    * "ties" (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): of every d_i the `density` largest changes stay; an
       entry's sign is that of Σ w_i d_i; the mean of those w_i d_i that have this sign is added. With all weights λ this
-      is the paper's λ τ_m; its density is 0.2. Trimmed is tensor by tensor (stacked layers are one), as mergekit and
+      is the paper's λ τ_m, whose density is 0.2. Tensors are trimmed one by one (stacked layers as one), as mergekit and
       PEFT do: one threshold for all of the model, as in the paper, would leave no change to tensors that move by small
-      steps, and needs all of them in memory. `density` is the share of the weights that a delta changes: for the
-      paper's dense models that of all weights, which would trim nothing of a sparse delta.
-    * "dare" (Yu et al. 2024, section 3.2): every change is dropped with probability 1 - density, those that stay are
-      divided by density; then the sum. Each delta and tensor has its own key, so that order of tensors and what other
-      tensors there are change nothing.
+      steps, and needs all of them in memory. `density` is a share of the weights that a delta changes, which for the
+      paper's dense models are all weights; as a share of all weights it would trim nothing of a sparse delta.
+    * "dare" (Yu et al. 2024, arXiv 2311.03099, "drop and rescale"): every change is dropped with probability
+      1 - density, those that stay are divided by density; then the sum. Each delta and tensor has its own key, so that
+      the order of tensors, and what other tensors there are, change nothing.
     * "dare_ties": DARE's dropping in place of TIES' trimming, then signs and means as in TIES.
 
     Where a change comes from one delta alone, with weight 1 and unscaled, the mixed weight has that delta's tuned bits.
