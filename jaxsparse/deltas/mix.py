@@ -57,8 +57,8 @@ def mix(
     * "sum": nothing; task arithmetic (Ilharco et al. 2023) and S²FT's weighted fusion (section 6.2, "Adapter Fusion").
     * "ties" (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): of every d_i the `density` largest changes stay; an
       entry's sign is that of Σ w_i d_i; the mean of those w_i d_i that have this sign is added. With all weights λ this
-      is the paper's λ τ_m, whose density is 0.2. Tensors are trimmed one by one (stacked layers as one), as mergekit and
-      PEFT do: one threshold for all of the model, as in the paper, would leave no change to tensors that move by small
+      is the paper's λ τ_m, whose density is 0.2. Tensors are trimmed one by one (stacked layers as one), as mergekit
+      and PEFT do: one threshold for all of the model, as in the paper, would leave no change to tensors with small
       steps, and needs all of them in memory. `density` is a share of the weights that a delta changes, which for the
       paper's dense models are all weights; as a share of all weights it would trim nothing of a sparse delta.
     * "dare" (Yu et al. 2024, arXiv 2311.03099, "drop and rescale"): every change is dropped with probability
