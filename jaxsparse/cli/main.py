@@ -12,6 +12,7 @@ _COMMANDS = {
     "finetune": "fine-tune a model by a sparse method; leaves a delta and a report",
     "evaluate": "measure loss, perplexity and exact match of a model, with or without a delta",
     "generate": "continue prompts, with any number of deltas side by side in one batch",
+    "delta": "describe, make, apply, revert, mix and exchange deltas",
     "methods": "list all methods; with --model, what each of them trains and stores",
     "convert": "convert Hugging Face, GGUF and llama2.c models to a Flax checkpoint, and back to Hugging Face",
     "demo": "all of it on SmolLM2-135M and arithmetic problems, in minutes",

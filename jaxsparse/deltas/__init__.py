@@ -2,11 +2,13 @@
 
 from jaxsparse.deltas.changes import entry_changes
 from jaxsparse.deltas.delta import Delta, Metadata
-from jaxsparse.deltas.description import describe
+from jaxsparse.deltas.description import describe, overlap
 from jaxsparse.deltas.difference import diff
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.live import Live, live
+from jaxsparse.deltas.mix import mix
 from jaxsparse.deltas.patch import apply, check_base, revert
+from jaxsparse.deltas.picture import heat_map
 from jaxsparse.deltas.stack import Stacked, stack
 from jaxsparse.deltas.switch import switch
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta
@@ -25,8 +27,11 @@ __all__ = [
     "describe",
     "diff",
     "entry_changes",
+    "heat_map",
     "live",
     "load",
+    "mix",
+    "overlap",
     "revert",
     "save",
     "stack",

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.bits import gather_bits
 from jaxsparse.deltas.tensors import CoordinateDelta, SliceDelta
 
-__all__ = ["entry_changes"]
+__all__ = ["entry_changes", "moved_entries"]
 
 
 def entry_changes(path: str, tensor: CoordinateDelta | SliceDelta, leaf: Any) -> Float[np.ndarray, "..."]:
@@ -44,3 +44,28 @@ def entry_changes(path: str, tensor: CoordinateDelta | SliceDelta, leaf: Any) ->
     if not np.all(np.isfinite(change)):
         raise InputError(f"tensor {path} changes to or from numbers that are not finite")
     return change
+
+
+def moved_entries(
+    tensor: CoordinateDelta | SliceDelta,
+) -> tuple[Int[np.ndarray, " entries"], Int[np.ndarray, " entries"]]:
+    """Returns which weights a delta moves: of slices those that change.
+
+    Args:
+        tensor: its delta.
+
+    Returns:
+        Their positions in the flattened tensor, strictly increasing, and where each is in the flattened `tensor.xor`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsparse.deltas.difference import diff
+        >>> moved_entries(diff({"w": jnp.ones(3)}, {"w": jnp.arange(3.0)}).tensors["w"])
+        (array([0, 2], dtype=int32), array([0, 1]))
+    """
+    if isinstance(tensor, CoordinateDelta):
+        return tensor.indices, np.arange(tensor.indices.size)
+    places = np.flatnonzero(tensor.xor)
+    indices = tensor.indices.reshape(-1)[places]
+    order = np.argsort(indices)
+    return indices[order], places[order]

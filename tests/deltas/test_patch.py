@@ -228,7 +228,8 @@ def test_what_a_delta_says_of_itself(rng):
         | set((delta.tensors["layers/norm/scale"].indices // 40).tolist())
     )
     assert told["tensors"]["head/kernel"] == {
-        "shape": [24, 50], "dtype": "float16", "entries": 120, "density": 0.1, "bytes": 720, "layers": []
+        "shape": [24, 50], "dtype": "float16", "kind": "coordinates", "entries": 120, "stored": 120, "density": 0.1,
+        "bytes": 720, "layers": [],
     }  # fmt: skip
 
 
