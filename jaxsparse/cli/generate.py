@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.delta_files import named_paths
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.examples import encode_prompt
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(lambda given: GenerateConfig, "jaxsparse generate", arguments)
     if config.batch < 1:
         raise InputError(f"batch must be at least 1, got {config.batch}")
-    paths = _named(config.delta)
+    paths = named_paths(config.delta)
     requests = _requests(config, list(paths))
     checkpoint = load(config.model, dtype=config.dtype)
     if checkpoint.tokenizer is None:
@@ -81,24 +82,6 @@ def main(arguments: Sequence[str]) -> int:
     answers = _answers(config, checkpoint, loaded, requests, prompts)
     _show(requests, answers, as_json=config.json)
     return 0
-
-
-def _named(given: Sequence[str]) -> dict[str, Path]:
-    """The deltas' paths by name."""
-    paths: dict[str, Path] = {}
-    for text in given:
-        name, is_named, path = text.partition("=")
-        if not is_named or Path(text).exists():
-            path = text
-            name = next((part for part in reversed(Path(text).with_suffix("").parts) if part != "delta"), "delta")
-        if not name or not path:
-            raise InputError(f"delta must be NAME=PATH or a path, got {text!r}")
-        if name in paths:
-            raise InputError(f"two deltas have the name {name!r}; name them by --delta NAME=PATH")
-        if not Path(path).exists():
-            raise InputError(f"there is no delta at {path}")
-        paths[name] = Path(path)
-    return paths
 
 
 def _requests(config: GenerateConfig, names: list[str]) -> list[_Request]:

@@ -82,8 +82,8 @@ class Stacked:
         known = {name: number for number, name in enumerate(self.names)}
         found = []
         for row in rows:
-            number = NOBODY if row is None else known.get(row, row)
-            if isinstance(number, str) or not NOBODY <= number < len(self.names):
+            number = NOBODY if row is None else known.get(row) if isinstance(row, str) else row
+            if number is None or not NOBODY <= number < len(self.names):
                 raise InputError(f"there is no adapter {row!r}; there are {', '.join(map(repr, self.names))}, or None")
             found.append(number)
         return np.array(found, np.int32)
@@ -208,13 +208,12 @@ def _of_entries(view: MatrixView, tensor: CoordinateDelta, changes: np.ndarray) 
     np.add.at(counts, (layer, column), 1)
     per_neuron = int(counts.max())
     if per_neuron * counts.size <= _MOST_PADDING * changes.size:
-        at = (layer, _numbers_within(layer * view.out_size + column), column)
-        shape = (view.stack, per_neuron, view.out_size)
-        return {"neurons": _filled({"index": (shape, row, 0), "values": (shape, changes, 0)}, at)}
-    at = (layer, _numbers_within(layer))
-    shape = (view.stack, int(counts.sum(axis=1).max()))
+        place = layer, _numbers_within(layer * view.out_size + column), column
+        return {"neurons": _filled((view.stack, per_neuron, view.out_size), place, row, 0, changes)}
+    per_layer = int(counts.sum(axis=1).max())
     flat = row * view.out_size + column
-    return {"entries": _filled({"index": (shape, flat, view.size), "values": (shape, changes, 0)}, at)}
+    place_in_layer = layer, _numbers_within(layer)
+    return {"entries": _filled((view.stack, per_layer), place_in_layer, flat, view.size, changes)}
 
 
 def _numbers_within(groups: np.ndarray) -> np.ndarray:
@@ -223,11 +222,13 @@ def _numbers_within(groups: np.ndarray) -> np.ndarray:
     return np.arange(groups.size) - np.repeat(first, np.diff(np.append(first, groups.size)))
 
 
-def _filled(arrays: Mapping[str, tuple[tuple[int, ...], np.ndarray, int]], at: Any) -> _Member:
-    found = {}
-    for name, (shape, values, fill) in arrays.items():
-        found[name] = np.full(shape, fill, np.int32 if name == "index" else values.dtype)
-        found[name][at] = values
+def _filled(
+    shape: tuple[int, ...], place: tuple[np.ndarray, ...], index: np.ndarray, fill: int, changes: np.ndarray
+) -> _Member:
+    """Arrays of a shape with indices and changes at some places; the others add 0 to what `fill` names."""
+    found = {"index": np.full(shape, fill, np.int32), "values": np.zeros(shape, changes.dtype)}
+    found["index"][place] = index
+    found["values"][place] = changes
     return found
 
 
@@ -244,6 +245,6 @@ def _group(
         fill = view.size if (kind, name) == ("entries", "index") else 0
         whole = np.full((shape[0], len(each), *shape[1:]), fill, np.result_type(*each))
         for number, array in enumerate(each):
-            whole[(slice(None), number, *(slice(size) for size in array.shape[1:]))] = array
+            whole[:, number][tuple(map(slice, array.shape))] = array
         arrays[name] = jnp.asarray(whole, None if name == "index" else dtype)
     return Group(jnp.tile(place, (view.stack, 1)), arrays)
