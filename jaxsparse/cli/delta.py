@@ -135,7 +135,7 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes a delta for others: PEFT's adapter folder, a torch file of entries, or a merged Hugging Face model.
+    """Writes a delta for others: PEFT's adapter folder, a file of entries, or a merged Hugging Face model.
 
     Example: jaxsparse delta export --delta runs/lora/delta --model smollm2-135m --to peft --out adapters/lora
     """
@@ -144,11 +144,11 @@ class ExportConfig:
     """The delta."""
     model: str
     """Its base: a folder, a file or a known name."""
-    to: Literal["peft", "torch", "hugging-face"]
-    """peft: an adapter, of low-rank factors; torch: index and value of every entry, in a .safetensors file;
-    hugging-face: the tuned model."""
+    to: Literal["peft", "entries", "hugging_face"]
+    """peft: a LoRA adapter, of factors or slices; entries: index, old and new value of every entry that changes, in a
+    .safetensors file for a few lines of torch; hugging_face: the tuned model."""
     out: Path
-    """The folder or, for torch, the file to make."""
+    """The folder or, for entries, the .safetensors file to make."""
     base_name: str | None = None
     """For peft: the base as its users name it, such as HuggingFaceTB/SmolLM2-135M; None: what the delta calls it."""
     overwrite: _Flag = False
@@ -257,36 +257,32 @@ def _mix(config: MixConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    from jaxsparse.deltas.export import export_entries, export_merged
-    from jaxsparse.deltas.peft import export_peft
-
     check_out(config.out, config.overwrite)
     with progress("export", 2) as advance:
         advance(0, "reading the model")
         delta = deltas.load(config.delta)
         base = load(config.model, dtype=dtype_of(delta))
         advance(1, "writing")
-        given: dict[str, Any] = {"base": base.params, "config": base.config, "overwrite": config.overwrite}
+        given: dict[str, Any] = {"base": base.params, "config": base.config, "base_fingerprint": base.fingerprint}
         if config.to == "peft":
-            name = config.base_name or delta.metadata.base_name
-            export_peft(config.out, delta, base_name=name, **given)
-        elif config.to == "torch":
-            export_entries(config.out, delta, **given)
+            deltas.export_peft(config.out, delta, base_name=config.base_name, overwrite=config.overwrite, **given)
+        elif config.to == "entries":
+            deltas.export_entries(config.out, delta, overwrite=config.overwrite, **given)
         else:
-            export_merged(config.out, delta, base, overwrite=config.overwrite)
+            deltas.export_merged(config.out, delta, base, overwrite=config.overwrite)
         advance(1, "written")
     _say({"out": str(config.out), "to": config.to, "entries": delta.entries}, as_json=config.json)
 
 
 def _import(config: ImportConfig) -> None:
-    from jaxsparse.deltas.peft import import_peft
-
     check_out(config.out, config.overwrite)
     with progress("import", 2) as advance:
         advance(0, "reading the model")
         base = load(config.model, dtype=config.dtype)
         advance(1, "reading the adapter")
-        delta = import_peft(config.from_peft, base=base.params, config=base.config)
+        delta = deltas.import_peft(
+            config.from_peft, base=base.params, config=base.config, base_fingerprint=base.fingerprint
+        )
         deltas.save(config.out, delta, overwrite=config.overwrite)
         advance(1, "written")
     _say_delta(config.out, delta, as_json=config.json)

@@ -4,10 +4,13 @@ from jaxsparse.deltas.changes import entry_changes
 from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.description import describe, overlap
 from jaxsparse.deltas.difference import diff
+from jaxsparse.deltas.export import export_entries, export_merged
 from jaxsparse.deltas.files import load, save
 from jaxsparse.deltas.live import Live, live
 from jaxsparse.deltas.mix import mix
 from jaxsparse.deltas.patch import apply, check_base, revert
+from jaxsparse.deltas.peft_export import export_peft
+from jaxsparse.deltas.peft_import import import_peft
 from jaxsparse.deltas.picture import heat_map
 from jaxsparse.deltas.stack import Stacked, stack
 from jaxsparse.deltas.switch import switch
@@ -27,7 +30,11 @@ __all__ = [
     "describe",
     "diff",
     "entry_changes",
+    "export_entries",
+    "export_merged",
+    "export_peft",
     "heat_map",
+    "import_peft",
     "live",
     "load",
     "mix",

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import DTypeLike, Float, Int, UInt
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas.bits import gather_bits
 from jaxsparse.deltas.tensors import CoordinateDelta, SliceDelta
 
-__all__ = ["entry_changes", "moved_entries"]
+__all__ = ["added_bits", "entry_changes", "moved_entries"]
 
 
 def entry_changes(path: str, tensor: CoordinateDelta | SliceDelta, leaf: Any) -> Float[np.ndarray, "..."]:
@@ -69,3 +69,30 @@ def moved_entries(
     indices = tensor.indices.reshape(-1)[places]
     order = np.argsort(indices)
     return indices[order], places[order]
+
+
+def added_bits(
+    path: str, old: UInt[np.ndarray, "..."], dtype: DTypeLike, changes: Float[np.ndarray, "..."]
+) -> UInt[np.ndarray, "..."]:
+    """Returns the bits of weights plus changes, rounded once; a change of 0 alters no bit, not those of -0.0 either.
+
+    Args:
+        path: of the tensor, for error messages.
+        old: the weights' bits.
+        dtype: of the weights.
+        changes: what is added, in at least float32.
+
+    Raises:
+        InputError: a sum is not finite.
+
+    Example:
+        >>> added_bits("w", np.float32([1.0]).view(np.uint32), np.float32, np.float32([0.5])).view(np.float32)
+        array([1.5], dtype=float32)
+    """
+    narrow = np.dtype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = (old.view(narrow).astype(changes.dtype) + changes).astype(narrow)
+    moves = changes != 0
+    if not np.all(np.isfinite(rounded[moves].astype(changes.dtype))):
+        raise InputError(f"tensor {path}: a sum is not finite in {narrow.name}; scale the changes down")
+    return np.where(moves, rounded.view(old.dtype), old)

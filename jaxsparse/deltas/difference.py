@@ -12,15 +12,8 @@ from jaxsparse.common.fingerprints import combine_checksums, tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.bits import changed_indices, gather_bits
 from jaxsparse.deltas.delta import Delta, Metadata
-from jaxsparse.deltas.tensors import (
-    CoordinateDelta,
-    FactorDelta,
-    SliceDelta,
-    TensorDelta,
-    bits_dtype,
-    matrix_places,
-    slice_indices,
-)
+from jaxsparse.deltas.slicing import in_slices, slice_delta, whole_slices
+from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, TensorDelta, bits_dtype, slice_indices
 from jaxsparse.subspaces.targets import MatrixView, Targets, resolve_targets
 
 __all__ = ["diff", "tensors_by_path"]
@@ -141,35 +134,11 @@ def _check_factors(base: dict[str, Any], factors: Mapping[str, TensorDelta]) -> 
 
 def _difference(old: Any, new: Any, view: MatrixView | None) -> TensorDelta:
     indices = changed_indices(old, new)
-    found = None if view is None or not indices.size else _whole_slices(view, indices)
-    if found is not None and view is not None:
-        indices = slice_indices(view, *found)
-    before, after = (gather_bits(leaf, indices.reshape(-1)).reshape(indices.shape) for leaf in (old, new))
-    common = {
-        "shape": tuple(old.shape),
-        "dtype": old.dtype.name,
-        "base_checksum": tensor_checksum(before),
-        "tuned_checksum": tensor_checksum(after),
-        "xor": before ^ after,
-    }
-    if found is None or view is None:
-        return CoordinateDelta(**common, indices=indices)
-    return SliceDelta(**common, view=view, axis=found[0], slices=found[1])
-
-
-def _whole_slices(view: MatrixView, indices: np.ndarray) -> tuple[Any, np.ndarray] | None:
-    """Returns the axis and the numbers of the slices that hold all changed entries; None if too few of them changed."""
-    layer, *along = matrix_places(view, indices)
-    sizes, touched = (view.in_size, view.out_size), []
-    for own, size in zip(along, sizes, strict=True):
-        is_touched = np.zeros((view.stack, size), bool)
-        is_touched[layer, own] = True
-        touched.append(is_touched)
-    stored = [mask.sum(axis=1).max() * view.stack * other for mask, other in zip(touched, sizes[::-1], strict=True)]
-    axis = int(np.argmin(stored))
-    if stored[axis] > _SPARSEST_SLICES * indices.size:
-        return None
-    # Every matrix keeps as many slices: those with fewer add the first of the others.
-    count = touched[axis].sum(axis=1).max()
-    slices = np.sort(np.argsort(~touched[axis], axis=1, kind="stable")[:, :count], axis=1)
-    return ("input", "output")[axis], slices.astype(np.int32)
+    before, after = (gather_bits(leaf, indices) for leaf in (old, new))
+    if view is not None and indices.size:
+        axis, slices, weights = whole_slices(view, indices)
+        if weights <= _SPARSEST_SLICES * indices.size:
+            xor = in_slices(slice_indices(view, axis, slices), indices, before ^ after)
+            return slice_delta(old, view, axis, slices, xor)
+    checksums = tensor_checksum(before), tensor_checksum(after)
+    return CoordinateDelta(tuple(old.shape), old.dtype.name, *checksums, indices, before ^ after)

@@ -4,11 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from jaxsparse.common.fingerprints import tensor_checksum
+from jaxsparse.deltas.tensors import FactorDelta
 from jaxsparse.subspaces.targets import MatrixView
 
-__all__ = ["merge_factors", "plus_product"]
+__all__ = ["factor_delta", "merge_factors", "plus_product"]
 
 BANDS = 8
 """A product of factors is added to a weight in so many bands, of which one exists at a time."""
@@ -87,3 +90,41 @@ def merge_factors(
     factors = [None if factor is None else jnp.asarray(factor) for factor in (a, b, gain)]
     merge = _merge_donated if donate else _merge
     return merge(view, weight, factors[0], factors[1], jnp.asarray(scale, factors[0].dtype), factors[2])  # type: ignore[union-attr]
+
+
+def factor_delta(
+    leaf: Any, view: MatrixView, a: Any, b: Any, scale: float, gain: Any = None, *, tuned: Any = None
+) -> FactorDelta:
+    """Returns the delta of one tensor that changes by factors; arguments as in `plus_product`.
+
+    Args:
+        leaf: the base's tensor.
+        view: how it is read as matrices.
+        a: A.
+        b: B.
+        scale: s.
+        gain: g; None: 1.
+        tuned: what `merge_factors` returns of these, where that is known.
+
+    Raises:
+        InputError: the factors do not fit the tensor, or are not finite.
+
+    Example:
+        >>> from jaxsparse.subspaces.targets import matrix_view
+        >>> ones = np.ones((1, 2, 1), np.float32), np.ones((1, 1, 3), np.float32)
+        >>> factor_delta(jnp.zeros((2, 3)), matrix_view((2, 3), (), (0,), (1,)), *ones, 2.0).rank
+        1
+    """
+    if tuned is None:
+        tuned = merge_factors(view, leaf, a, b, scale, gain)
+    return FactorDelta(
+        shape=view.shape,
+        dtype=leaf.dtype.name,
+        base_checksum=tensor_checksum(leaf),
+        tuned_checksum=tensor_checksum(tuned),
+        view=view,
+        a=np.array(a),
+        b=np.array(b),
+        scale=float(scale),
+        gain=None if gain is None else np.array(gain),
+    )

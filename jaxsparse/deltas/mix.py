@@ -1,6 +1,5 @@
 """Several deltas of one base become one."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint, tensor_checksum
 from jaxsparse.deltas.bits import gather_bits
-from jaxsparse.deltas.changes import entry_changes, moved_entries
+from jaxsparse.deltas.changes import added_bits, entry_changes, moved_entries
 from jaxsparse.deltas.combine import Recipe, combine
 from jaxsparse.deltas.delta import Delta, Metadata
 from jaxsparse.deltas.difference import tensors_by_path
-from jaxsparse.deltas.patch import check_base, merged
+from jaxsparse.deltas.merge import factor_delta
+from jaxsparse.deltas.patch import check_base
+from jaxsparse.deltas.slicing import in_slices, padded_slices, slice_delta
 from jaxsparse.deltas.tensors import (
     CoordinateDelta,
     FactorDelta,
@@ -189,13 +190,8 @@ def _joined_factors(leaf: Any, parts: list[_Part]) -> FactorDelta:
     scales = [part.weight * tensor.scale for part, tensor in zip(parts, tensors, strict=True)]
     scale = float(tensors[0].a.dtype.type(scales[0])) or 1.0
     b = [tensor.b * tensor.b.dtype.type(own / scale) for tensor, own in zip(tensors, scales, strict=True)]
-    joined = dataclasses.replace(
-        tensors[0],
-        a=np.concatenate([tensor.a for tensor in tensors], axis=2),
-        b=np.concatenate(b, axis=1),
-        scale=scale,
-    )
-    return dataclasses.replace(joined, tuned_checksum=tensor_checksum(merged(joined, leaf)))
+    a = np.concatenate([tensor.a for tensor in tensors], axis=2)
+    return factor_delta(leaf, tensors[0].view, a, np.concatenate(b, axis=1), scale)
 
 
 def _summed(path: str, leaf: Any, parts: list[_Part], recipe: Recipe) -> CoordinateDelta:
@@ -209,7 +205,7 @@ def _summed(path: str, leaf: Any, parts: list[_Part], recipe: Recipe) -> Coordin
         )
     combined = combine(path, changes, moved, [p.number for p in parts], [p.weight for p in parts], recipe)
     old = _bits_at(leaf, entries)
-    new = _added(path, old, np.dtype(leaf.dtype), combined.changes)
+    new = added_bits(path, old, np.dtype(leaf.dtype), combined.changes)
     # Sums of factors have no bits of their own: they are as rounded here.
     exact = np.array([part.tensor.exact for part in parts])
     copied = np.flatnonzero((combined.sources >= 0) & exact[combined.sources])
@@ -265,31 +261,12 @@ def _factor_changes(path: str, tensor: FactorDelta, leaf: Any, wide: np.dtype) -
     return np.transpose(in_place, np.argsort(view.order)).reshape(-1)
 
 
-def _added(
-    path: str, old: UInt[np.ndarray, " entries"], dtype: np.dtype, changes: Float[np.ndarray, " entries"]
-) -> UInt[np.ndarray, " entries"]:
-    """Returns the bits of base plus changes, rounded once; a change of 0 alters no bit, not those of -0.0 either."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = (old.view(dtype).astype(changes.dtype) + changes).astype(dtype)
-    moves = changes != 0
-    if not np.all(np.isfinite(rounded[moves].astype(changes.dtype))):
-        raise InputError(f"tensor {path}: a sum is not finite in {dtype.name}; give smaller weights")
-    return np.where(moves, rounded.view(old.dtype), old)
-
-
 def _as_slices(leaf: Any, coordinates: CoordinateDelta, tensors: list[SliceDelta]) -> SliceDelta:
     """Returns the same change as slices: those of all deltas together."""
     view, axis = tensors[0].view, tensors[0].axis
     touched = np.zeros((view.stack, tensors[0].own_size), bool)
     for tensor in tensors:
         np.put_along_axis(touched, tensor.slices, True, axis=1)
-    # Every matrix keeps as many slices: those with fewer add the first of the others, which do not change.
-    count = touched.sum(axis=1).max()
-    slices = np.sort(np.argsort(~touched, axis=1, kind="stable")[:, :count], axis=1).astype(np.int32)
-    indices = slice_indices(view, axis, slices)
-    order = np.argsort(indices, axis=None)
-    xor = np.zeros(indices.shape, coordinates.xor.dtype)
-    xor.reshape(-1)[order[np.searchsorted(indices.reshape(-1)[order], coordinates.indices)]] = coordinates.xor
-    before = gather_bits(leaf, indices.reshape(-1)).reshape(indices.shape)
-    checksums = tensor_checksum(before), tensor_checksum(before ^ xor)
-    return SliceDelta(coordinates.shape, coordinates.dtype, *checksums, view, axis, slices, xor)
+    slices = padded_slices(touched)
+    xor = in_slices(slice_indices(view, axis, slices), coordinates.indices, coordinates.xor)
+    return slice_delta(leaf, view, axis, slices, xor)

@@ -11,12 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.common.fingerprints import tensor_checksum
-from jaxsparse.deltas.merge import merge_factors, plus_product
+from jaxsparse.deltas.merge import factor_delta, merge_factors, plus_product
 from jaxsparse.deltas.tensors import FactorDelta
 from jaxsparse.engine.factors import Factors, over_norms, product
 from jaxsparse.engine.interpreter import followed
@@ -133,17 +131,14 @@ class FusedLowRankTuner(OwnDelta):
         places, leaves, merged = self._places(state.params), jax.tree.leaves(state.params), jax.tree.leaves(tuned)
         found = {}
         for target, slots in zip(places.targets, self._slots(places, state.method), strict=True):
-            gain = _gain(slots)
-            found[target.path] = FactorDelta(
-                shape=target.view.shape,
-                dtype=leaves[target.position].dtype.name,
-                base_checksum=tensor_checksum(leaves[target.position]),
-                tuned_checksum=tensor_checksum(merged[target.position]),
-                view=target.view,
-                a=np.array(slots["a"]),
-                b=np.array(slots["b"]),
-                scale=float(description.scale),
-                gain=None if gain is None else np.array(gain),
+            found[target.path] = factor_delta(
+                leaves[target.position],
+                target.view,
+                slots["a"],
+                slots["b"],
+                description.scale,
+                _gain(slots),
+                tuned=merged[target.position],
             )
         return found
 

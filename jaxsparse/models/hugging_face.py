@@ -16,7 +16,7 @@ from jaxsparse.common.files import atomic_folder, atomic_write_text, check_writa
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.models.configs import Config, LlamaConfig, config_from_hugging_face, config_to_hugging_face
-from jaxsparse.models.layouts import Parameter, parameters_of
+from jaxsparse.models.layouts import Parameter, parameters_of, tensor_name
 from jaxsparse.models.sources import TensorSpec
 
 __all__ = ["HuggingFaceSource", "is_hugging_face", "write_hugging_face"]
@@ -43,16 +43,6 @@ def is_hugging_face(folder: Path) -> bool:
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _name(config: Config, path: str, layer: int) -> str:
-    """Returns Hugging Face's name of one layer's tensor."""
-    base, layers = ("model", "layers") if isinstance(config, LlamaConfig) else ("transformer", "h")
-    module, leaf = path.replace("/", ".").rsplit(".", 1)
-    leaf = "bias" if leaf == "bias" else "weight"
-    if module == "lm_head":
-        return f"{module}.{leaf}"
-    return f"{base}.{module.replace('layers.', f'{layers}.{layer}.', 1)}.{leaf}"
 
 
 class HuggingFaceSource:
@@ -84,7 +74,7 @@ class HuggingFaceSource:
 
     def name_of(self, parameter: Parameter, layer: int) -> str:
         """Returns Hugging Face's name of one layer's tensor."""
-        return _name(self.config, parameter.path, layer)
+        return tensor_name(self.config, parameter.path, layer)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns the rows from `start` to `stop`."""
@@ -169,7 +159,7 @@ def write_hugging_face(
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else _WEIGHTS
             arrays = {
-                _name(config, parameter.path, layer): _tensor(leaves[parameter.path], parameter, layer)
+                tensor_name(config, parameter.path, layer): _tensor(leaves[parameter.path], parameter, layer)
                 for parameter, layer in shard
             }
             try:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxsparse.models.configs import Config, GPT2Config, LlamaConfig
 
-__all__ = ["Parameter", "parameters_of"]
+__all__ = ["Parameter", "parameters_of", "tensor_name"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,27 @@ def parameters_of(config: Config) -> list[Parameter]:
         The parameters.
     """
     return _llama(config) if isinstance(config, LlamaConfig) else _gpt2(config)
+
+
+def tensor_name(config: Config, path: str, layer: int) -> str:
+    """Returns Hugging Face's name of one layer's tensor.
+
+    Args:
+        config: the model's configuration.
+        path: of our parameter.
+        layer: the layer's number; of no matter where layers are not stacked.
+
+    Example:
+        >>> from jaxsparse.models.presets import PRESETS
+        >>> tensor_name(PRESETS["llama2-7b"], "layers/mlp/up_proj/kernel", 3)
+        'model.layers.3.mlp.up_proj.weight'
+    """
+    base, layers = ("model", "layers") if isinstance(config, LlamaConfig) else ("transformer", "h")
+    module, leaf = path.replace("/", ".").rsplit(".", 1)
+    leaf = "bias" if leaf == "bias" else "weight"
+    if module == "lm_head":
+        return f"{module}.{leaf}"
+    return f"{base}.{module.replace('layers.', f'{layers}.{layer}.', 1)}.{leaf}"
 
 
 def _llama(config: LlamaConfig) -> list[Parameter]:

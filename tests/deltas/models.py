@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxsparse.common.fingerprints import tensor_checksum
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas import Delta, FactorDelta, diff
-from jaxsparse.deltas.merge import merge_factors
+from jaxsparse.deltas.merge import factor_delta, merge_factors
 from jaxsparse.subspaces.targets import MatrixView, matrix_view
 
 DTYPES = {
@@ -75,9 +74,7 @@ def with_factors(
     a = rng.normal(size=(view.stack, view.in_size, rank)).astype(np.float32)
     b = rng.normal(size=(view.stack, rank, view.out_size)).astype(np.float32)
     g = rng.uniform(0.5, 2, (view.stack, view.out_size)).astype(np.float32) if gain else None
-    tuned = merge_factors(view, base, a, b, 0.5, g)
-    checksums = tensor_checksum(base), tensor_checksum(tuned)
-    return FactorDelta(tuple(base.shape), base.dtype.name, *checksums, view, a, b, 0.5, g)
+    return factor_delta(base, view, a, b, 0.5, g)
 
 
 def mixed_pair(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any], Delta]:
