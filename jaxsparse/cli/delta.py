@@ -257,6 +257,8 @@ def _mix(config: MixConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
+    if config.to == "entries" and config.out.suffix != ".safetensors":
+        raise InputError(f"--out of entries is a file and must end in .safetensors, got {config.out}")
     check_out(config.out, config.overwrite)
     with progress("export", 2) as advance:
         advance(0, "reading the model")

@@ -211,7 +211,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file.parent} has no {file.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not an object")

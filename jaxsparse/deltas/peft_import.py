@@ -45,6 +45,7 @@ _KNOWN = {
 }
 # Other beginnings take something off the base's weights, to which the adapter then no longer belongs.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+_LARGEST = 1e9
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -61,7 +62,7 @@ class _Settings(NamedTuple):
     base_name: str | None
 
     def scale(self, module: str, rank: int) -> float:
-        """S of a module: alpha / r, rsLoRA's alpha / √r."""
+        """The scale s of a module: alpha / r, or rsLoRA's alpha / √r."""
         alpha = pattern_value(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -132,8 +133,10 @@ def _settings(content: Mapping[str, Any]) -> _Settings:
             raise InputError(f"{CONFIG}: {name[:40]} is {str(value)[:40]!r}, which cannot be imported")
     patterns = {name: _pattern(name, content.get(name)) for name in ("rank_pattern", "alpha_pattern")}
     rank, alpha = content.get("r"), content.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not _is_number(alpha):
-        raise InputError(f"{CONFIG}: r and lora_alpha are {str(rank)[:40]!r} and {str(alpha)[:40]!r}, not numbers")
+    if not isinstance(rank, int) or rank < 1 or not _is_positive(alpha):
+        raise InputError(
+            f"{CONFIG}: r and lora_alpha are {str(rank)[:40]!r} and {str(alpha)[:40]!r}; both must be positive numbers"
+        )
     base_name, rank_stabilised = content.get("base_model_name_or_path"), bool(content.get("use_rslora"))
     record = {"from": "peft", "r": rank, "lora_alpha": alpha, "use_rslora": rank_stabilised}
     return _Settings(
@@ -150,7 +153,7 @@ def _settings(content: Mapping[str, Any]) -> _Settings:
 
 def _pattern(name: str, value: Any) -> dict[str, int | float]:
     pattern = {} if value is None else value
-    if not isinstance(pattern, dict) or not all(_is_number(number) and number > 0 for number in pattern.values()):
+    if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
         raise InputError(f"{CONFIG}: {name} is {str(value)[:40]!r}, not positive numbers by modules")
     for key in pattern:
         # PEFT takes keys for regular expressions; names are all that is needed, and no expression can run wild.
@@ -159,8 +162,8 @@ def _pattern(name: str, value: Any) -> dict[str, int | float]:
     return pattern
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def _parts(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxsparse import deltas
 from jaxsparse.cli.main import main
@@ -136,6 +137,47 @@ def test_low_rank_deltas_need_their_base_to_revert(
     assert_same_bits(load(tmp_path / "base").params, base.params)
 
 
+def test_an_adapter_goes_out_for_peft_and_comes_back(
+    tiny_model: Path, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture
+) -> None:
+    base = load(tiny_model)
+    weights = {path: leaf(base.params, path) for path in (DOWN, QUERY)}
+    views = {path: matrix_view(weight.shape, (0,), (1,), (2,)) for path, weight in weights.items()}
+    factors = {"/".join(QUERY): with_factors(rng, weights[QUERY], views[QUERY])}
+    params = moved(rng, base.params, DOWN, (slice(None), jnp.array([3, 17])))
+    delta = deltas.diff(base.params, params, slices={"/".join(DOWN): views[DOWN]}, factors=factors)
+    deltas.save(tmp_path / "delta", delta)
+    arguments = ["--delta", tmp_path / "delta", "--model", tiny_model, "--base-name", "someone/tiny"]
+    says(["export", *arguments, "--to", "peft", "--out", tmp_path / "adapter"], capsys)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "someone/tiny"
+    assert settings["target_modules"] == ["mlp.down_proj", "self_attn.q_proj"]
+    arguments = ["--from-peft", tmp_path / "adapter", "--model", tiny_model, "--out", tmp_path / "again"]
+    said = says(["import", *arguments], capsys)
+    again = deltas.load(tmp_path / "again", base=base.params)
+    assert (said["kinds"], said["entries"]) == (["factors", "slices"], again.entries)
+    assert again.metadata.base_name == "someone/tiny"
+    for ours, other in zip(*(jax.tree.leaves(deltas.apply(base.params, d)) for d in (again, delta)), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-6)
+
+
+def test_entries_and_merged_models_go_out(
+    pair: tuple[Any, Any, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, params, _ = pair
+    deltas.save(tmp_path / "delta", deltas.diff(base.params, params))
+    arguments = ["export", "--delta", tmp_path / "delta", "--model", tiny_model, "--to"]
+    says([*arguments, "entries", "--out", tmp_path / "entries.safetensors"], capsys)
+    held = safetensors.numpy.load_file(tmp_path / "entries.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    # Hugging Face's weight is (out, in); the entry that moved is at input 4, output 5.
+    assert held[f"{name}.index"].tolist() == [5 * leaf(params, QUERY).shape[1] + 4]
+    assert held[f"{name}.new"].tolist() == [leaf(params, QUERY)[1, 4, 5]]
+    assert held[f"{name}.old"].tolist() == [leaf(base.params, QUERY)[1, 4, 5]]
+    says([*arguments, "hugging_face", "--out", tmp_path / "merged"], capsys)
+    assert_same_bits(load(tmp_path / "merged").params, params)
+
+
 def test_mix_is_that_of_python(
     pair: tuple[Any, Any, Path],
     tiny_model: Path,
@@ -240,6 +282,15 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture) -> None:
         (["apply", "--model", "{model}", "--delta", "{tmp}/good", "--out", "{tmp}/full"], "is there already"),
         (["revert", "--model", "{model}", "--delta", "{tmp}/good", "--out", "{tmp}/file"], "is there already"),
         (["diff", "--base", "{model}", "--tuned", "{model}", "--out", "{tmp}/file/x"], "cannot write"),
+        (
+            ["export", "--delta", "{tmp}/good", "--model", "{model}", "--to", "peft", "--out", "{tmp}/x"],
+            "belongs to another base",
+        ),
+        (
+            ["export", "--delta", "{tmp}/good", "--model", "{model}", "--to", "entries", "--out", "{tmp}/x"],
+            "must end in .safetensors",
+        ),
+        (["import", "--from-peft", "{tmp}/full", "--model", "{model}", "--out", "{tmp}/x"], "adapter_config.json"),
         (["mix", "--model", "{model}", "--delta", "--out", "{tmp}/x"], "give at least one --delta"),
         (
             ["mix", "--model", "{model}", "--delta", "{tmp}/good", "--weights", "1", "2", "--out", "{tmp}/x"],

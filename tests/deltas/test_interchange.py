@@ -248,6 +248,8 @@ WRONG_SETTINGS = [
     ({"r": "8"}, "r and lora_alpha"),
     ({"r": 0}, "r and lora_alpha"),
     ({"lora_alpha": float("nan")}, "r and lora_alpha"),
+    ({"lora_alpha": 0}, "both must be positive numbers"),
+    ({"lora_alpha": 10**400}, "r and lora_alpha"),
     ({"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern has the key '\(a\+\)\+\$'"),
     ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern is"),
     ({"alpha_pattern": [3]}, "alpha_pattern is"),
@@ -295,9 +297,10 @@ def test_files_that_cannot_be_imported(plain: Any, tmp_path: Path) -> None:
     (damaged / WEIGHTS).rename(damaged / "adapter_model.bin")
     with pytest.raises(InputError, match="pickled weights are never read"):
         deltas.import_peft(damaged, base=params, config=LLAMA)
-    (damaged / CONFIG).write_text("[")
-    with pytest.raises(InputError, match="not readable as JSON"):
-        deltas.import_peft(damaged, base=params, config=LLAMA)
+    for text in ("[", "[" * 100_000):
+        (damaged / CONFIG).write_text(text)
+        with pytest.raises(InputError, match="not readable as JSON"):
+            deltas.import_peft(damaged, base=params, config=LLAMA)
     with pytest.raises(InputError, match=r"has no adapter_config\.json"):
         deltas.import_peft(tmp_path / "nowhere", base=params, config=LLAMA)
     with pytest.raises(InputError, match="as config says"):
