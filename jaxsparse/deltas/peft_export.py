@@ -69,7 +69,7 @@ def export_peft(
         >>> kernel = tuned["layers"]["mlp"]["up_proj"]["kernel"]
         >>> tuned["layers"]["mlp"]["up_proj"]["kernel"] = kernel.at[:, 3].set(2.0)
         >>> folder = tempfile.mkdtemp()
-        >>> export_peft(folder, diff(base, tuned, slices="up_proj"), base=base, config=config)
+        >>> export_peft(folder, diff(base, tuned), base=base, config=config)
         >>> sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
