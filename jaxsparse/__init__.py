@@ -19,6 +19,7 @@ from jaxsparse.engine.low_rank import LowRankState as LowRankState
 from jaxsparse.engine.reference import SubspaceState as SubspaceState
 from jaxsparse.engine.serving import ServedModel as ServedModel
 from jaxsparse.engine.serving import serve as serve
+from jaxsparse.engine.sharding import Sharding as Sharding
 from jaxsparse.engine.spiel import SpielState as SpielState
 from jaxsparse.engine.tuner import ReferenceTuner as ReferenceTuner
 from jaxsparse.methods.baselines import saft as saft

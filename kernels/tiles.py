@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.launch import alike
 from jaxtyping import Array, Float, Int
+
+from jaxsparse.kernels.launch import alike
 
 __all__ = ["accumulation_dtype", "scan_start", "scan_tiles"]
 

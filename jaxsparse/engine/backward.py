@@ -12,11 +12,12 @@ from jaxsparse.engine.description import Description
 from jaxsparse.engine.interpreter import followed
 from jaxsparse.engine.micro_batches import split_batch
 from jaxsparse.engine.reference import ratio
+from jaxsparse.engine.sharding import Divided
 from jaxsparse.engine.single_use import check_used_once
 from jaxsparse.engine.slot_rules import BlockSlots, EntrySlots, PickedSlots, SliceSlots
 from jaxsparse.engine.slotted import SlotRule, slotted
 from jaxsparse.select.schedules import Adaptive, Progress
-from jaxsparse.select.scores import score_dtype
+from jaxsparse.select.scores import GRADIENT, score_dtype
 from jaxsparse.subspaces.blocks import Blocks
 from jaxsparse.subspaces.targets import ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices
@@ -86,6 +87,7 @@ def slot_gradients(
     batch: Any,
     micro_batches: int = 1,
     step: Int[Array, ""] | int = 0,
+    divided: Sequence[Divided | None] | None = None,
 ) -> Backward:
     """Differentiates a loss with respect to slots.
 
@@ -99,17 +101,20 @@ def slot_gradients(
         batch: the batch; with micro-batches their number must divide the leading axis of its arrays.
         micro_batches: how many; supports are picked on the first, gradients are means weighed by tokens.
         step: number of the step, from which the randomness of estimates is drawn.
+        divided: how the targets are divided between devices.
 
     Raises:
         UnsupportedUseError: the model uses a target in a way that cannot be followed.
     """
     leaves, structure = jax.tree.flatten(params)
     picks = picks_in_backward(description)
+    parts = divided or [None] * len(targets)
 
     def loss_of(probes: list[Any], supports: list[Array], due: Array, batch: Any) -> tuple[Array, Array]:
         wrapped: list[Any] = list(leaves)
-        for target, probe, support in zip(targets, probes, supports, strict=True):
-            wrapped[target.position] = _wrap(description, target, leaves[target.position], probe, support, due, step)
+        for target, probe, support, part in zip(targets, probes, supports, parts, strict=True):
+            leaf = leaves[target.position]
+            wrapped[target.position] = _wrap(description, target, leaf, probe, support, due, step, part)
         return followed(loss_fn)(jax.tree.unflatten(structure, wrapped), batch)
 
     def one(supports: list[Array], due: Array, batch: Any) -> Backward:
@@ -196,6 +201,7 @@ def _wrap(
     support: Array,
     due: Array,
     step: Array | int,
+    divided: Divided | None,
 ) -> Any:
     """A weight as the model is to see it."""
     units, view = target.subspace, target.view
@@ -209,7 +215,9 @@ def _wrap(
         _, _, down, across = units.grid(view.in_size, view.out_size)
         rule = BlockSlots(down * across, across)
     elif picks_in_backward(description):
-        rule = PickedSlots(view.out_size, description.score, sketches(description))
+        # Other scores look at more than the gradient: there JAX finds out what devices tell each other.
+        divided = divided if description.score == GRADIENT else None
+        rule = PickedSlots(view.out_size, description.score, sketches(description), divided)
         slots["due"] = jnp.broadcast_to(due, (view.stack,))
         if rule.sketches:
             seed = jax.random.fold_in(jax.random.fold_in(jax.random.key(description.seed), target.position), step)

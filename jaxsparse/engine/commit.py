@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
+from jaxsparse.engine.sharding import Divided
 from jaxsparse.subspaces.blocks import Blocks
+from jaxsparse.subspaces.budgets import Budget
 from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget
 from jaxsparse.subspaces.units import Coordinates, Everything, Neurons, Slices, Units, matrix_numbers
 
 __all__ = ["commit_moves", "commit_slots", "entry_index", "read_slots"]
+
+
+_SINGLE = Coordinates(Budget(density=1.0))
+"""Entries by their flat indices."""
 
 
 @singledispatch
@@ -65,7 +71,11 @@ def _lies_in_rows(units: Units, view: MatrixView) -> bool:
 
 
 def read_slots(
-    units: Units, view: MatrixView, weight: Num[Array, "..."], support: Int[Array, "stack ..."]
+    units: Units,
+    view: MatrixView,
+    weight: Num[Array, "..."],
+    support: Int[Array, "stack ..."],
+    divided: Divided | None = None,
 ) -> Num[Array, "stack ..."]:
     """Returns the entries of a weight that a support frees, (stack, units, *entries of a unit).
 
@@ -74,12 +84,19 @@ def read_slots(
         view: of the weight; the axes that count layers come first.
         weight: the weight.
         support: the free units.
+        divided: how the weight is divided between devices, where that is known.
     """
     if isinstance(units, Everything):
         return units.cut(view.matrices(weight))
+    if divided is not None:
+        return divided.read(_entries, view, weight, entry_index(units, view, support))
     if _lies_in_rows(units, view):
         return units.gather(view.matrices(weight), support)
-    index = view.place(entry_index(units, view, support))
+    return _entries(view, weight, entry_index(units, view, support))
+
+
+def _entries(view: MatrixView, weight: Array, index: Array) -> Array:
+    index = view.place(index)
     return weight.reshape(view.stack, view.size).at[matrix_numbers(index), index].get(mode="fill", fill_value=0)
 
 
@@ -89,6 +106,7 @@ def commit_slots(
     weight: Num[Array, "..."],
     support: Int[Array, "stack ..."],
     values: Num[Array, "stack ..."],
+    divided: Divided | None = None,
 ) -> Num[Array, "..."]:
     """Returns the weight with its free entries replaced; in place where the weight's memory is donated.
 
@@ -98,9 +116,12 @@ def commit_slots(
         weight: the weight.
         support: the free units, distinct within a matrix.
         values: what the slots are to be, in the weight's dtype.
+        divided: how the weight is divided between devices, where that is known.
     """
     if isinstance(units, Everything):
         return view.weight(units.join(values, view))
+    if divided is not None:
+        return divided.write(_write_entries, view, weight, entry_index(units, view, support), values)
     # What is read of the weight must be read before, and not once more inside the scatter: that would take a copy.
     values = jax.lax.optimization_barrier(values)
     if weight.dtype.itemsize >= 4:
@@ -110,6 +131,10 @@ def commit_slots(
     )
 
 
+def _write_entries(view: MatrixView, weight: Array, index: Array, values: Array) -> Array:
+    return commit_slots(_SINGLE, view, weight, index, values)
+
+
 def commit_moves(
     targets: Sequence[ResolvedTarget],
     leaves: list[Any],
@@ -117,6 +142,7 @@ def commit_moves(
     weights: Sequence[Array],
     moves: Sequence[Array],
     finite: Bool[Array, ""],
+    divided: Sequence[Divided | None] | None = None,
 ) -> None:
     """Adds moves to the free entries of weights, in place in the list; nothing moves if not all is finite.
 
@@ -127,11 +153,14 @@ def commit_moves(
         weights: what the free entries are.
         moves: what is added to them, rounded once to the weight's dtype.
         finite: whether the step counts.
+        divided: how the weights are divided between devices.
     """
-    for target, support, weight, move in zip(targets, supports, weights, moves, strict=True):
+    parts = divided or [None] * len(targets)
+    for target, support, weight, move, part in zip(targets, supports, weights, moves, parts, strict=True):
         # Where nothing moves the weight keeps its bits.
         new = jnp.where(finite & (move != 0), (weight.astype(move.dtype) + move).astype(weight.dtype), weight)
-        leaves[target.position] = commit_slots(target.subspace, target.view, leaves[target.position], support, new)
+        leaf = leaves[target.position]
+        leaves[target.position] = commit_slots(target.subspace, target.view, leaf, support, new, part)
 
 
 def _put(units: Units, view: MatrixView, weight: Array, support: Array, values: Array) -> Array:

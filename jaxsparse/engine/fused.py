@@ -4,16 +4,18 @@ It runs the descriptions that the reference engine runs, on the same state; a de
 target never exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxsparse.engine.backward import retained, sketches, slot_gradients
+from jaxsparse.common.errors import InputError
+from jaxsparse.engine.backward import picks_in_backward, retained, sketches, slot_gradients
 from jaxsparse.engine.commit import commit_moves, read_slots
 from jaxsparse.engine.description import Description
 from jaxsparse.engine.fused_layers import FusedLayersTuner
@@ -26,10 +28,12 @@ from jaxsparse.engine.low_rank_description import LowRank
 from jaxsparse.engine.own_delta import OwnDelta
 from jaxsparse.engine.places import MatrixPlaces, leaves_of
 from jaxsparse.engine.reference import advance, carry_over, fresh_state, move_slots
+from jaxsparse.engine.sharding import Divided, Sharding, shared_equally
 from jaxsparse.engine.spiel_description import Spiel
 from jaxsparse.engine.tuner import StepMetrics, TunerState, check_method, step_metrics
 from jaxsparse.engine.updates import all_finite
-from jaxsparse.subspaces.targets import is_masked
+from jaxsparse.select.scores import GRADIENT
+from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 from jaxsparse.subspaces.units import Everything
 
 __all__ = ["FusedTuner", "fuse"]
@@ -38,7 +42,12 @@ LossFn = Callable[[Any, Any], Any]
 
 
 def fuse(
-    loss_fn: LossFn, method: optax.GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
+    loss_fn: LossFn,
+    method: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+    sharding: Sharding | None = None,
 ) -> "FusedTuner | FusedLowRankTuner | FusedUnmergedTuner | FusedSpielTuner | FusedLayersTuner":
     """Runs a method at the cost its paper promises: dense gradients of its targets never exist.
 
@@ -49,13 +58,14 @@ def fuse(
             against each other.
         accumulate: micro-batches per optimizer step; the leading axis of every array of a batch is split so. Supports
             are picked on the first.
+        sharding: how the model and its slots are divided between devices; None: as JAX sees fit.
 
     Returns:
         The tuner.
 
     Raises:
         TypeError: `method` is no result of a constructor, or has no inner optimizer.
-        InputError: the method runs in the reference engine only.
+        InputError: the method runs in the reference engine only, or cannot be divided.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -71,6 +81,8 @@ def fuse(
         (3, 2)
     """
     description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
+    if sharding is not None:
+        return FusedTuner(with_tokens, _divisible(description), accumulate, sharding)
     if isinstance(description, LowRank):
         return FusedLowRankTuner(with_tokens, description, accumulate)
     if isinstance(description, Spiel):
@@ -79,6 +91,16 @@ def fuse(
         return FusedLayersTuner(with_tokens, description, accumulate)
     tuner = FusedUnmergedTuner if description.unmerged else FusedTuner
     return tuner(with_tokens, check_fusible(description), accumulate)
+
+
+def _divisible(description: Any) -> Description:
+    """Returns a description that runs on divided weights."""
+    if not isinstance(description, Description) or description.unmerged:
+        raise InputError(
+            f"{description.name} cannot be told how to divide its state yet: give no sharding, and JAX follows that of "
+            "the parameters"
+        )
+    return check_fusible(description)
 
 
 class FusedTuner(OwnDelta):
@@ -96,12 +118,17 @@ class FusedTuner(OwnDelta):
         loss_fn: (params, batch) -> (loss, number of target tokens).
         description: the method.
         accumulate: micro-batches per optimizer step.
+        sharding: how weights and slots are divided between devices.
     """
 
     def __init__(
-        self, loss_fn: Callable[[Any, Any], tuple[Array, Array]], description: Description, accumulate: int
+        self,
+        loss_fn: Callable[[Any, Any], tuple[Array, Array]],
+        description: Description,
+        accumulate: int,
+        sharding: Sharding | None = None,
     ) -> None:
-        self.loss_fn, self.description, self.accumulate = loss_fn, description, accumulate
+        self.loss_fn, self.description, self.accumulate, self.sharding = loss_fn, description, accumulate, sharding
         self.step = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any, *, donate: bool = False) -> TunerState:
@@ -113,19 +140,57 @@ class FusedTuner(OwnDelta):
                 they are copied.
         """
         targets = self.description.resolve(params)
+        divided = self._divided(targets)
         places = MatrixPlaces(targets, jax.tree.structure(params, is_leaf=is_masked))
+        if self.sharding is not None:
+            params = jax.device_put(params, self.sharding.of(params), donate=donate)
         supports = [jnp.copy(support) for support in first_support(self.description, params)]
-        shapes = jax.eval_shape(partial(_read, targets), params, supports)
+        supports = [
+            support if part is None else shared_equally(part, target.path, support)
+            for part, target, support in zip(divided, targets, supports, strict=True)
+        ]
+        shapes = jax.eval_shape(partial(_read, targets, divided), params, supports)
         state = fresh_state(self.description, places.spread(supports), places.spread(shapes))
-        return TunerState(params if donate else jax.tree.map(jnp.copy, params), state)
+        made = TunerState(params if donate else jax.tree.map(jnp.copy, params), state)
+        return made if self.sharding is None else self._placed(made, places, divided, jax.device_put)
 
     def params(self, state: TunerState) -> Any:
         """Returns the model's parameters."""
         return state.params
 
+    def _divided(self, targets: Sequence[ResolvedTarget]) -> list[Divided | None]:
+        if self.sharding is None:
+            return [None] * len(targets)
+        picks = picks_in_backward(self.description) and self.description.score == GRADIENT
+        return [self.sharding.divided(target, picks=picks) for target in targets]
+
+    def _placed(self, state: TunerState, places: MatrixPlaces, divided: Sequence[Divided | None], put: Any) -> Any:
+        """Returns a state of which every array is where it belongs: weights as they are divided, slots with them."""
+        assert self.sharding is not None
+        everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
+        shardings = [None if part is None else NamedSharding(part.mesh, part.of_slots(2)) for part in divided]
+        of_slots = places.spread([sharding or everywhere for sharding in shardings])
+        method = state.method
+        mirrored = {
+            name: jax.tree.map(put, getattr(method, name), of_slots) if jax.tree.leaves(getattr(method, name)) else tree
+            for name in ("support", "slots", "master")
+            for tree in (getattr(method, name),)
+        }
+        inner = optax.tree_utils.tree_map_params(
+            self.description.inner,
+            put,
+            method.inner,
+            of_slots,
+            transform_non_params=lambda leaf: put(leaf, everywhere),
+        )
+        progress = jax.tree.map(lambda leaf: put(leaf, everywhere), method.progress)
+        params = jax.tree.map(put, state.params, self.sharding.of(state.params))
+        return TunerState(params, method._replace(progress=progress, inner=inner, **mirrored))
+
     def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
         description, method = self.description, state.method
         targets = description.resolve(state.params)
+        divided = self._divided(targets)
         places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
         due = description.schedule.due(method.progress)
         supports = leaves_of(targets, drawn_support(description, places, method, due))
@@ -133,9 +198,10 @@ class FusedTuner(OwnDelta):
             *(self.loss_fn, description, targets, state.params, supports, due, batch),
             micro_batches=self.accumulate,
             step=method.progress.steps,
+            divided=divided,
         )
         support, gradients = places.spread(backward.supports), places.spread(backward.gradients)
-        weights = places.spread(jax.lax.optimization_barrier(_read(targets, state.params, backward.supports)))
+        weights = places.spread(jax.lax.optimization_barrier(_read(targets, divided, state.params, backward.supports)))
         carried = carry_over(description, places, method, due, support, weights)
         moves, slots, master, inner = move_slots(description, carried, gradients, weights, {})
 
@@ -147,10 +213,13 @@ class FusedTuner(OwnDelta):
 
         leaves, structure = jax.tree.flatten(state.params)
         own, moved = leaves_of(targets, weights), leaves_of(targets, moves)
-        commit_moves(targets, leaves, backward.supports, own, moved, finite)
+        commit_moves(targets, leaves, backward.supports, own, moved, finite, divided)
         measured = backward.energies is not None or all(isinstance(t.subspace, Everything) for t in targets)
         metrics = step_metrics(backward.loss, backward.tokens, after.progress, due & finite, measures=measured)
-        return TunerState(jax.tree.unflatten(structure, leaves), after), metrics
+        result = TunerState(jax.tree.unflatten(structure, leaves), after)
+        if self.sharding is not None:
+            result = self._placed(result, places, divided, jax.lax.with_sharding_constraint)
+        return result, metrics
 
 
 def _with_tokens(loss_fn: LossFn, has_aux: bool) -> LossFn:
@@ -164,9 +233,9 @@ def _with_tokens(loss_fn: LossFn, has_aux: bool) -> LossFn:
     return with_tokens
 
 
-def _read(targets: Any, params: Any, supports: Any) -> list[Array]:
+def _read(targets: Any, divided: Sequence[Divided | None], params: Any, supports: Any) -> list[Array]:
     leaves = jax.tree.leaves(params)
     return [
-        read_slots(target.subspace, target.view, leaves[target.position], support)
-        for target, support in zip(targets, supports, strict=True)
+        read_slots(target.subspace, target.view, leaves[target.position], support, part)
+        for target, support, part in zip(targets, supports, divided, strict=True)
     ]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxsparse.engine.shard_selection import slots_in_shards
+from jaxsparse.engine.sharding import Divided
 from jaxsparse.engine.slotted import INPUT, SlotRule
 from jaxsparse.kernels import gradient_topk, sampled_matmul, sketched_energy
 from jaxsparse.select.scores import GRADIENT, Entries, Score
@@ -110,17 +112,28 @@ class PickedSlots(SlotRule):
         outputs: number of outputs of the matrix.
         score: what is picked.
         sketches: whether the energy is estimated where nothing is picked.
+        divided: how the matrix is divided between devices, if it is to be picked from by shards.
     """
 
     outputs: int
     score: Score
     sketches: bool
+    divided: Divided | None = None
 
     def gradients(self, slots: Any, left: Array, right: Array) -> Any:
         """Returns values, places and energy."""
-        support = slots["support"]
-        probe = jax.lax.cond(slots["due"], self._picked, self._sampled, support, slots, left, right)
+        if self.divided is not None:
+            probe = self._in_shards(self.divided, slots, left, right)
+        else:
+            probe = jax.lax.cond(slots["due"], self._picked, self._sampled, slots["support"], slots, left, right)
         return {**dict.fromkeys(slots), "probe": probe}
+
+    def _in_shards(self, divided: Divided, slots: Any, left: Array, right: Array) -> Any:
+        found = slots_in_shards(divided, slots["due"], slots["support"], left, right)
+        if self.sketches:
+            sketched = sketched_energy(left, right, jax.random.wrap_key_data(slots["key"]))
+            found["energy"] = jnp.where(slots["due"], found["energy"], sketched)
+        return {name: array.astype(slots["probe"][name].dtype) for name, array in found.items()}
 
     def _picked(self, support: Array, slots: Any, left: Array, right: Array) -> Any:
         score = None if self.score == GRADIENT else self._tile_score(slots)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
+from jaxtyping import Array, Float
+
 from jaxsparse.kernels.blocks import check_size, fits_kernels
 from jaxsparse.kernels.gradient_topk.pallas_gpu import gradient_topk_gpu
 from jaxsparse.kernels.gradient_topk.pallas_tpu import gradient_topk_tpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference, magnitude
 from jaxsparse.kernels.launch import Implementation, run
-from jaxtyping import Array, Float
 
 __all__ = ["GradientTopK", "gradient_topk"]
 
@@ -19,6 +20,7 @@ def gradient_topk(
     k: int,
     *,
     score: Callable[[Array, Array], Array] | None = None,
+    summed_over: tuple[str, ...] = (),
     implementation: Implementation = None,
 ) -> GradientTopK:
     """Returns the k entries of x.T @ dy that are largest in magnitude; the product never exists as a whole.
@@ -31,7 +33,10 @@ def gradient_topk(
         k: how many, between 1 and inputs * outputs.
         score: what is largest instead: from a tile (rows, outputs) of the product and its first row to scores, which
             must be above -inf.
-        implementation: "xla"; "pallas", without `score` and up to float32; or None for what is best on the device.
+        summed_over: axes of a mesh, inside `shard_map`, along which devices hold other tokens: every tile is summed
+            over them before its best are taken, and all devices return the same.
+        implementation: "xla"; "pallas", without `score` and `summed_over` and up to float32; or None for what is best
+            on the device.
 
     Returns:
         Rows, columns and values in promote_types(x and dy, float32), best first, and the sum of squares of all entries.
@@ -50,12 +55,18 @@ def gradient_topk(
         raise ValueError(f"k must lie between 1 and {x.shape[1]} * {dy.shape[1]}, got {k}")
     check_size(x.shape[1], dy.shape[1])
     reason = (
-        "no tokens" if x.shape[0] == 0 else "a score of your own" if score is not None else fits_kernels(x=x, dy=dy)
+        "no tokens"
+        if x.shape[0] == 0
+        else "a score of your own"
+        if score is not None
+        else "tokens of other devices"
+        if summed_over
+        else fits_kernels(x=x, dy=dy)
     )
     return run(
         implementation,
         (x, dy),
-        xla=partial(gradient_topk_reference, k=k, score=score or magnitude),
+        xla=partial(gradient_topk_reference, k=k, score=score or magnitude, summed_over=summed_over),
         gpu=partial(gradient_topk_gpu, k=k),
         tpu=partial(gradient_topk_tpu, k=k),
         reason=reason,

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 from jaxsparse.kernels.merge import Best
 from jaxsparse.kernels.threshold import largest
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
-from jaxtyping import Array, Float, Int
 
 __all__ = ["GradientTopK", "best_by_xla", "gradient_topk_reference", "magnitude"]
 
@@ -54,8 +55,9 @@ def gradient_topk_reference(
     dy: Float[Array, "tokens outputs"],
     k: int,
     score: Callable[[Array, Array], Array] = magnitude,
+    summed_over: tuple[str, ...] = (),
 ) -> GradientTopK:
-    """Returns the k entries of x.T @ dy with the largest scores."""
+    """Returns the k entries of x.T @ dy with the largest scores; x.T @ dy is summed over axes of a mesh."""
     inputs, outputs = x.shape[1], dy.shape[1]
     dtype = accumulation_dtype(x, dy)
     flat = jax.eval_shape(score, jax.ShapeDtypeStruct((1, outputs), dtype), jax.ShapeDtypeStruct((), jnp.int32))
@@ -63,6 +65,7 @@ def gradient_topk_reference(
 
     def merge(pool: _Pool, tile: Array, first: Array) -> _Pool:
         is_row = (first + jnp.arange(tile.shape[0]) < inputs)[:, None]
+        tile = jax.lax.psum(tile, summed_over) if summed_over else tile
         # Padding times infinity is no number.
         tile = jnp.where(is_row, tile, 0)
         # Rows that fill up the last tile never win: k entries exist without them.

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
 from jaxtyping import Array, Float, Int
+
+from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
 
 __all__ = ["gathered", "neurons_gathered", "sampled_matmul_reference", "tiled"]
 

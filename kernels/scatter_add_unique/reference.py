@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.tiles import accumulation_dtype
 from jaxtyping import Array, Int, Num
+
+from jaxsparse.kernels.tiles import accumulation_dtype
 
 __all__ = ["scatter_reference"]
 

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxsparse.kernels.tiles import accumulation_dtype
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxsparse.kernels.tiles import accumulation_dtype
 
 __all__ = ["sketched_energy"]
 
