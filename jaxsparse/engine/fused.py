@@ -168,7 +168,7 @@ class FusedTuner(OwnDelta):
         """Returns a state of which every array is where it belongs: weights as they are divided, slots with them."""
         assert self.sharding is not None
         everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
-        shardings = [None if part is None else NamedSharding(part.mesh, part.of_slots(2)) for part in divided]
+        shardings = [None if part is None else NamedSharding(part.mesh, part.of_slots()) for part in divided]
         of_slots = places.spread([sharding or everywhere for sharding in shardings])
         method = state.method
         mirrored = {

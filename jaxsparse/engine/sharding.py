@@ -75,7 +75,7 @@ class Sharding:
                 raise InputError(f"parameter {path} is divided over {unknown[0]!r}, which the mesh does not have")
             if size % (parts := _parts(self.mesh, _names(axes))):
                 raise InputError(f"parameter {path} has an axis of {size}, which {parts} devices cannot share equally")
-        return PartitionSpec(*spec)
+        return _trimmed(spec)
 
     def of(self, params: PyTree) -> PyTree:
         """Returns how every parameter is divided, a tree of `NamedSharding`s."""
@@ -109,7 +109,8 @@ class Sharding:
         view = target.view
         if not view.is_in_order or len(view.shape) != view.layer_axes + 2:
             return None
-        spec = self.spec(target.path, view.shape)
+        spec = tuple(self.spec(target.path, view.shape))
+        spec += (None,) * (len(view.shape) - len(spec))
         if any(spec[: view.layer_axes]):
             raise InputError(f"parameter {target.path} is divided along its layers; divide its inputs or outputs")
         inputs, outputs = (_names(axes) for axes in spec[view.layer_axes :])
@@ -118,6 +119,12 @@ class Sharding:
 
 def _names(axes: Any) -> Axes:
     return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+
+
+def _trimmed(spec: tuple[Any, ...]) -> PartitionSpec:
+    """Without trailing axes that are not divided: jitted functions return it so, and compile once if they get it so."""
+    last = max((at + 1 for at, axes in enumerate(spec) if axes), default=0)
+    return PartitionSpec(*spec[:last])
 
 
 def _parts(mesh: Mesh, axes: Axes) -> int:
@@ -179,9 +186,9 @@ class Divided:
 
     # ---- slots of a weight -------------------------------------------------------------------------------------
 
-    def of_slots(self, axes: int) -> PartitionSpec:
-        """Returns how arrays (stack, slots, ...) of so many axes are divided."""
-        return PartitionSpec(None, self.owners or None, *[None] * (axes - 2))
+    def of_slots(self) -> PartitionSpec:
+        """Returns how arrays (stack, slots, ...) are divided."""
+        return _trimmed((None, self.owners or None))
 
     def of_weight(self) -> PartitionSpec:
         """Returns how matrices (stack, in, out) are divided."""
@@ -230,7 +237,7 @@ class Divided:
             found = jax.lax.bitcast_convert_type(read(part, weight, place), bits).astype(wide)
             return jax.lax.bitcast_convert_type(jax.lax.psum(found, others).astype(bits), weight.dtype)
 
-        slots = self.of_slots(index.ndim)
+        slots = self.of_slots()
         whole = weight.reshape(view.stack, view.in_size, view.out_size)
         return self.mapped(own, (self.of_weight(), slots), slots)(whole, index)
 
@@ -256,7 +263,7 @@ class Divided:
             place, part = self.own_index(view, index, weight.shape[1:])
             return write(part, weight, place, values)
 
-        slots = self.of_slots(index.ndim)
+        slots = self.of_slots()
         whole = weight.reshape(view.stack, view.in_size, view.out_size)
         written = self.mapped(own, (self.of_weight(), slots, slots), self.of_weight())(whole, index, values)
         return written.reshape(weight.shape)

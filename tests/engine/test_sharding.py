@@ -1,0 +1,267 @@
+"""Weights divided over a mesh: the trajectory of one device, each shard's own picks, and what devices tell each other.
+
+The tests need eight devices: where there are fewer, the last one runs this file on eight virtual ones.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxsparse as js
+from jaxsparse.common.errors import InputError
+from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.models.functional import LanguageModel
+from tests.models.small import LLAMA, random_params, random_rows
+
+DEVICES = 8
+AXES = ("data", "fsdp", "tensor")
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+# No two sizes are alike, so that a shape in the compiled program tells what it is.
+CONFIG = dataclasses.replace(
+    LLAMA, hidden_size=96, intermediate_size=160, num_heads=8, num_kv_heads=8, head_dim=16, vocab_size=80, num_layers=2
+)
+KERNELS = {"q_proj": (96, 128), "k_proj": (96, 128), "v_proj": (96, 128), "o_proj": (128, 96)}
+SEVEN = [js.Target(rf"layers/{part}/.*_proj/kernel", stack_axes=(0,)) for part in ("self_attn", "mlp")]
+METHODS = {
+    "gasdu": lambda: js.gasdu(optax.adam(1e-2), density=0.02, refresh_every=2),
+    "neuroada": lambda: js.neuroada(optax.adam(1e-2), k=1, targets=SEVEN),
+    "s2ft": lambda: js.s2ft(optax.adam(1e-2), head_size=16, output=0.3, down=0.3),
+    "full": lambda: js.full(optax.sgd(0.1)),
+}
+needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"needs {DEVICES} devices; see the last test")
+
+
+def specs(path):
+    """How a parameter of the model is divided."""
+    name = path.split("/")[-2]
+    if name in ("o_proj", "down_proj"):
+        return P(None, "tensor", "fsdp")
+    if name.endswith("_proj"):
+        return P(None, "fsdp", "tensor")
+    return {"embed_tokens": P("tensor", "fsdp"), "lm_head": P("fsdp", "tensor")}.get(name, P())
+
+
+def mesh_of(shape):
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+class Run:
+    """A method on a model that is divided over a mesh, or on one device."""
+
+    def __init__(self, method, shape=None, selection="global", dtype=jnp.float64, accumulate=1):
+        self.model = LanguageModel(CONFIG)
+        self.params = random_params(self.model, np.random.default_rng(1), dtype)
+        self.sharding = None if shape is None else js.Sharding(mesh_of(shape), specs, selection=selection)
+        self.tuner = js.fuse(self.model.loss, method, has_aux=True, accumulate=accumulate, sharding=self.sharding)
+        self.state, self.rng = self.tuner.init(self.params), np.random.default_rng(2)
+
+    def batch(self):
+        rows = random_rows(self.rng, 16, 11)
+        return rows if self.sharding is None else jax.device_put(rows, self.sharding.of_batch(rows))
+
+    def steps(self, count):
+        losses = []
+        for _ in range(count):
+            self.state, metrics = self.tuner.step(self.state, self.batch())
+            losses.append(float(metrics.loss))
+        return losses
+
+    def supports(self):
+        return [np.sort(np.asarray(leaf), axis=1) for leaf in jax.tree.leaves(self.state.method.support)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+@needs_devices
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*(("gasdu", shape) for shape in MESHES), *((name, MESHES[3]) for name in METHODS if name != "gasdu")],
+)
+def test_a_mesh_follows_one_device(name, shape):
+    alone, divided = Run(METHODS[name]()), Run(METHODS[name](), shape)
+    np.testing.assert_allclose(divided.steps(5), alone.steps(5), rtol=1e-6)
+    for ours, theirs in zip(divided.supports(), alone.supports(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    before = jax.tree.leaves(alone.params)
+    pairs = zip(before, jax.tree.leaves(divided.state.params), jax.tree.leaves(alone.state.params), strict=True)
+    for old, ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(ours) == old, np.asarray(theirs) == old)
+
+
+@needs_devices
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_every_shard_picks_the_largest_entries_of_its_own(shape):
+    run = Run(METHODS["gasdu"](), shape, "per_shard")
+    rows = Run(METHODS["gasdu"]()).batch()
+    gradient = jax.jit(jax.grad(lambda params: run.model.loss(params, rows)[0]))(run.params)
+    run.state, metrics = run.tuner.step(run.state, run.batch())
+    found = dict(flatten_with_paths(run.state.method.support)[0])
+    kept = whole = 0.0
+    for path, dense in flatten_with_paths(gradient)[0]:
+        name = path.split("/")[-2]
+        if name not in KERNELS:
+            continue
+        inputs, outputs = KERNELS[name]
+        support, axis, shards = np.asarray(found[path]), 0 if name == "o_proj" else 1, shape[2]
+        per_shard = round(0.02 * inputs * outputs) // shards
+        assert support.shape == (2, per_shard * shards)
+        for layer, matrix in enumerate(np.asarray(dense)):
+            expected = []
+            for flat in np.split(np.arange(inputs * outputs).reshape(inputs, outputs), shards, axis=axis):
+                own = matrix.reshape(-1)[flat.reshape(-1)]
+                expected.append(flat.reshape(-1)[np.argsort(-np.abs(own), kind="stable")[:per_shard]])
+            np.testing.assert_array_equal(
+                np.sort(support[layer].reshape(shards, -1)), np.sort(np.stack(expected)), err_msg=f"{path} {layer}"
+            )
+            kept += np.sum(matrix.reshape(-1)[support[layer]] ** 2)
+            whole += np.sum(matrix**2)
+    np.testing.assert_allclose(float(metrics.retention), kept / whole, rtol=1e-6)
+
+
+@needs_devices
+def test_shards_own_their_slots_through_refreshes_and_micro_batches():
+    run = Run(METHODS["gasdu"](), (2, 2, 2), "per_shard", accumulate=2)
+    losses = run.steps(6)
+    assert np.all(np.isfinite(losses))
+    changed = {
+        path: np.argwhere(np.asarray(new) != np.asarray(old))
+        for (path, new), old in zip(flatten_with_paths(run.state.params)[0], jax.tree.leaves(run.params), strict=True)
+    }
+    assert {path for path, where in changed.items() if where.size} == {
+        f"layers/self_attn/{name}/kernel" for name in KERNELS
+    }
+    for path, where in changed.items():
+        support = dict(flatten_with_paths(run.state.method.support)[0]).get(path)
+        if support is not None:
+            outputs = KERNELS[path.split("/")[-2]][1]
+            moved = {(layer, row * outputs + column) for layer, row, column in where.tolist()}
+            now = {(layer, int(index)) for layer, own in enumerate(np.asarray(support)) for index in own}
+            # Three refreshes: what moved is at least the last support, and at most three of them.
+            assert now <= moved
+            assert len(moved) <= 3 * len(now)
+
+
+@needs_devices
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_bytes_on_a_device_fall_as_the_mesh_says(shape):
+    run = Run(METHODS["gasdu"](), shape, "per_shard", jnp.bfloat16)
+    run.steps(2)
+    for path, leaf in flatten_with_paths(run.state.params)[0]:
+        axes = [axis for axis in specs(path) if axis]
+        parts = np.prod([dict(zip(AXES, shape, strict=True))[axis] for axis in axes])
+        assert leaf.addressable_shards[0].data.nbytes * parts == leaf.nbytes, path
+    slots = [
+        leaf
+        for tree in (run.state.method.support, run.state.method.master, run.state.method.inner)
+        for leaf in jax.tree.leaves(tree)
+        if leaf.ndim == 2
+    ]
+    assert len(slots) == 4 * 4  # index, master and two moments of four targets
+    for leaf in slots:
+        assert leaf.addressable_shards[0].data.nbytes * shape[2] == leaf.nbytes
+
+
+def gathered(text):
+    """The shapes that a compiled program gathers from several devices."""
+    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* all-gather", text)}
+
+
+def reduced(text):
+    """The shapes that it sums over devices."""
+    return {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* (?:all-reduce|reduce-sc)", text)
+    }
+
+
+def whole(shapes):
+    """Of some shapes those that are a target's, or hold its matrices."""
+    dense = {tuple(sorted(kernel)) for kernel in KERNELS.values()} | {(96, 160)}
+    return {shape for shape in shapes if tuple(sorted(shape[-2:])) in dense}
+
+
+@needs_devices
+@pytest.mark.parametrize(
+    ("name", "selection", "shape"),
+    [
+        *(("gasdu", "global", shape) for shape in MESHES),
+        *((name, "per_shard", shape) for name in ("gasdu", "neuroada", "s2ft") for shape in MESHES[2:]),
+    ],
+)
+def test_no_dense_gradient_and_under_tensor_sharding_no_whole_target_travels(name, selection, shape):
+    run = Run(METHODS[name](), shape, selection)
+    text = run.tuner.step.lower(run.state, run.batch()).compile().as_text()
+    assert not whole(reduced(text))
+    if shape[2] > 1:
+        assert not whole(gathered(text))
+    if (name, shape) == ("gasdu", (1, 8, 1)):
+        # What FSDP gathers for its products: the test sees what it looks for.
+        assert whole(gathered(text))
+
+
+@needs_devices
+def test_selection_by_shards_tells_nobody_what_it_picks():
+    run = Run(METHODS["gasdu"](), (1, 1, 8), "per_shard")
+    text = run.tuner.step.lower(run.state, run.batch()).compile().as_text()
+    assert not gathered(text)
+
+
+@needs_devices
+def test_a_step_is_compiled_once():
+    run = Run(METHODS["gasdu"](), (2, 2, 2), "per_shard", jnp.bfloat16)
+    run.steps(3)
+    assert run.tuner.step._cache_size() == 1
+
+
+@needs_devices
+def test_what_cannot_be_divided_is_an_error():
+    mesh = mesh_of((2, 2, 2))
+    with pytest.raises(InputError, match="'rows', but the mesh's axes are data, fsdp, tensor"):
+        js.Sharding(mesh, specs, rows=("rows",))
+    with pytest.raises(InputError, match="an axis of 7, which 2 devices cannot share equally"):
+        js.Sharding(mesh, lambda path: P("tensor")).of({"w": jnp.ones(7)})
+    with pytest.raises(InputError, match="'model', which the mesh does not have"):
+        js.Sharding(mesh, lambda path: P("model")).of({"w": jnp.ones(8)})
+    with pytest.raises(InputError, match="fewer axes than its PartitionSpec"):
+        js.Sharding(mesh, lambda path: P(None, "data")).of({"w": jnp.ones(8)})
+    with pytest.raises(InputError, match="a batch of 6 rows cannot be shared by 4 devices"):
+        js.Sharding(mesh, specs).of_batch({"x": jnp.ones((6, 2))})
+    params = {"w": jnp.ones((8, 8))}
+    few = js.gasdu(optax.sgd(1.0), density=1 / 64, targets="w")
+    sharding = js.Sharding(mesh, lambda path: P(None, "tensor"))
+    with pytest.raises(InputError, match="1 slots a matrix, fewer than the 2 shards"):
+        js.fuse(lambda p, x: jnp.sum(x @ p["w"]), few, sharding=sharding).init(params)
+    layers = js.gasdu(optax.sgd(1.0), density=0.5, targets=[js.Target("w", stack_axes=(0,))])
+    with pytest.raises(InputError, match="divided along its layers"):
+        js.fuse(lambda p, x: jnp.sum(x @ p["w"][0]), layers, sharding=js.Sharding(mesh, lambda path: P("data"))).init(
+            {"w": jnp.ones((2, 8, 8))}
+        )
+    with pytest.raises(InputError, match="lora cannot be told how to divide its state yet"):
+        js.fuse(lambda p, x: jnp.sum(x @ p["w"]), js.lora(optax.sgd(1.0), rank=2, targets="w"), sharding=sharding)
+
+
+@pytest.mark.skipif(jax.device_count() >= DEVICES, reason="there are devices enough")
+def test_on_eight_virtual_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    environment = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", __file__]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout[-500:]
