@@ -36,7 +36,7 @@ from jaxsparse.select.scores import GRADIENT
 from jaxsparse.subspaces.targets import ResolvedTarget, is_masked
 from jaxsparse.subspaces.units import Everything
 
-__all__ = ["FusedTuner", "fuse"]
+__all__ = ["FusedTuner", "fuse", "is_divisible"]
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -82,7 +82,12 @@ def fuse(
     """
     description, with_tokens = check_method(method).description, _with_tokens(loss_fn, has_aux)
     if sharding is not None:
-        return FusedTuner(with_tokens, _divisible(description), accumulate, sharding)
+        if not is_divisible(description):
+            raise InputError(
+                f"{description.name} cannot be told how to divide its state yet: give no sharding, and JAX follows "
+                "that of the parameters"
+            )
+        return FusedTuner(with_tokens, check_fusible(description), accumulate, sharding)
     if isinstance(description, LowRank):
         return FusedLowRankTuner(with_tokens, description, accumulate)
     if isinstance(description, Spiel):
@@ -93,14 +98,9 @@ def fuse(
     return tuner(with_tokens, check_fusible(description), accumulate)
 
 
-def _divisible(description: Any) -> Description:
-    """Returns a description that runs on divided weights."""
-    if not isinstance(description, Description) or description.unmerged:
-        raise InputError(
-            f"{description.name} cannot be told how to divide its state yet: give no sharding, and JAX follows that of "
-            "the parameters"
-        )
-    return check_fusible(description)
+def is_divisible(description: Any) -> bool:
+    """Whether `fuse` can be told how the method's slots are to be divided between devices."""
+    return isinstance(description, Description) and not description.unmerged
 
 
 class FusedTuner(OwnDelta):
@@ -152,30 +152,29 @@ class FusedTuner(OwnDelta):
         shapes = jax.eval_shape(partial(_read, targets, divided), params, supports)
         state = fresh_state(self.description, places.spread(supports), places.spread(shapes))
         made = TunerState(params if donate else jax.tree.map(jnp.copy, params), state)
-        return made if self.sharding is None else self._placed(made, places, divided, jax.device_put)
+        return made if self.sharding is None else self.placed(made)
 
-    def params(self, state: TunerState) -> Any:
-        """Returns the model's parameters."""
-        return state.params
+    def placed(self, state: TunerState, put: Callable[[Any, Any], Any] = jax.device_put) -> TunerState:
+        """Returns a state of which every array is where `sharding` says: weights divided, and slots with them.
 
-    def _divided(self, targets: Sequence[ResolvedTarget]) -> list[Divided | None]:
-        if self.sharding is None:
-            return [None] * len(targets)
-        picks = picks_in_backward(self.description) and self.description.score == GRADIENT
-        return [self.sharding.divided(target, picks=picks) for target in targets]
-
-    def _placed(self, state: TunerState, places: MatrixPlaces, divided: Sequence[Divided | None], put: Any) -> Any:
-        """Returns a state of which every array is where it belongs: weights as they are divided, slots with them."""
+        Args:
+            state: a state, on whatever devices.
+            put: moves an array to a sharding.
+        """
         assert self.sharding is not None
+        targets, method = self.description.resolve(state.params), state.method
+        places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
         everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
-        shardings = [None if part is None else NamedSharding(part.mesh, part.of_slots()) for part in divided]
-        of_slots = places.spread([sharding or everywhere for sharding in shardings])
-        method = state.method
-        mirrored = {
-            name: jax.tree.map(put, getattr(method, name), of_slots) if jax.tree.leaves(getattr(method, name)) else tree
-            for name in ("support", "slots", "master")
-            for tree in (getattr(method, name),)
-        }
+        of_slots = places.spread(
+            [
+                everywhere if part is None else NamedSharding(part.mesh, part.of_slots())
+                for part in self._divided(targets)
+            ]
+        )
+        mirrored = {}
+        for name in ("support", "slots", "master"):
+            tree = getattr(method, name)
+            mirrored[name] = jax.tree.map(put, tree, of_slots) if jax.tree.leaves(tree) else tree
         inner = optax.tree_utils.tree_map_params(
             self.description.inner,
             put,
@@ -186,6 +185,16 @@ class FusedTuner(OwnDelta):
         progress = jax.tree.map(lambda leaf: put(leaf, everywhere), method.progress)
         params = jax.tree.map(put, state.params, self.sharding.of(state.params))
         return TunerState(params, method._replace(progress=progress, inner=inner, **mirrored))
+
+    def params(self, state: TunerState) -> Any:
+        """Returns the model's parameters."""
+        return state.params
+
+    def _divided(self, targets: Sequence[ResolvedTarget]) -> list[Divided | None]:
+        if self.sharding is None:
+            return [None] * len(targets)
+        picks = picks_in_backward(self.description) and self.description.score == GRADIENT
+        return [self.sharding.divided(target, picks=picks) for target in targets]
 
     def _step(self, state: TunerState, batch: Any) -> tuple[TunerState, StepMetrics]:
         description, method = self.description, state.method
@@ -218,7 +227,7 @@ class FusedTuner(OwnDelta):
         metrics = step_metrics(backward.loss, backward.tokens, after.progress, due & finite, measures=measured)
         result = TunerState(jax.tree.unflatten(structure, leaves), after)
         if self.sharding is not None:
-            result = self._placed(result, places, divided, jax.lax.with_sharding_constraint)
+            result = self.placed(result, jax.lax.with_sharding_constraint)
         return result, metrics
 
 

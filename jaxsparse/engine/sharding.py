@@ -233,7 +233,7 @@ class Divided:
         others = tuple(axis for axis in (*self.inputs, *self.outputs) if axis not in self.owners)
 
         def own(weight: Array, index: Array) -> Array:
-            place, part = self.own_index(view, index, weight.shape[1:])
+            place, part = self.own_index(view, index, (weight.shape[1], weight.shape[2]))
             found = jax.lax.bitcast_convert_type(read(part, weight, place), bits).astype(wide)
             return jax.lax.bitcast_convert_type(jax.lax.psum(found, others).astype(bits), weight.dtype)
 
@@ -260,7 +260,7 @@ class Divided:
         """
 
         def own(weight: Array, index: Array, values: Array) -> Array:
-            place, part = self.own_index(view, index, weight.shape[1:])
+            place, part = self.own_index(view, index, (weight.shape[1], weight.shape[2]))
             return write(part, weight, place, values)
 
         slots = self.of_slots()

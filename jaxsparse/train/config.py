@@ -24,6 +24,12 @@ class ModelConfig:
     """Dtype of the weights. Slots and their masters are float32 either way."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again instead of keeping it: trades time for memory."""
+    mesh: str | None = None
+    """How the model is divided between all devices, such as data=2,fsdp=2,tensor=2. data: rows of a batch; fsdp: rows
+    too, and weights, which are gathered for each product; tensor: the products themselves. None: one device."""
+    selection: Literal["per_shard", "global"] = "per_shard"
+    """Who picks entries by the gradient. per_shard: every tensor shard its own part, and tells nobody; global: all
+    together, the support that one device would pick."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from jaxtyping import Array
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.batches import Batch
 from jaxsparse.engine.description import SubspaceTransformation
-from jaxsparse.engine.fused import fuse
+from jaxsparse.engine.fused import fuse, is_divisible
 from jaxsparse.engine.micro_batches import split_batch
 from jaxsparse.engine.preparation import batches_to_see, prepared, waits_for
+from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.slotted import UnsupportedUseError
 from jaxsparse.engine.tuner import LossFn, ReferenceTuner, Tuner
 from jaxsparse.train.config import Engine
@@ -43,6 +44,7 @@ def choose_engine(
     *,
     share_of_data: int,
     micro_batches: int = 1,
+    sharding: Sharding | None = None,
 ) -> Choice:
     """Returns a tuner of the engine that is wanted, or of the reference engine where the fused one has no way.
 
@@ -54,6 +56,7 @@ def choose_engine(
         first_batches: makes an iterator of the run's batches, from the first.
         share_of_data: batches to collect activations on.
         micro_batches: parts of a batch that exist at a time.
+        sharding: how the parameters are divided between devices, if they are.
 
     Raises:
         InputError: the method cannot run on the model at all.
@@ -69,7 +72,8 @@ def choose_engine(
         try:
             count = share_of_data if reads_activations else batches_to_see(method, params)
             ready = seen(count) if count else method
-            tuner = fuse(loss_fn, ready, has_aux=True, accumulate=micro_batches)
+            told = sharding if is_divisible(ready.description) else None
+            tuner = fuse(loss_fn, ready, has_aux=True, accumulate=micro_batches, sharding=told)
             # Traced once, and by the first step no more: a model may use a weight in a way that has no rule.
             jax.eval_shape(tuner.step, jax.eval_shape(tuner.init, params), next(first_batches()))
         except (InputError, UnsupportedUseError) as error:

@@ -67,7 +67,14 @@ def carry_out(job: Job) -> Report:
     before = _measured(job, "before", base.params)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(
-        job.tuner, base.params, job.data, config.run, job.steps, rate=rate, base_fingerprint=base.fingerprint
+        job.tuner,
+        base.params,
+        job.data,
+        config.run,
+        job.steps,
+        rate=rate,
+        base_fingerprint=base.fingerprint,
+        sharding=job.sharding,
     )
     tuned, method_progress = job.tuner.params(state), state.method.progress
     after = _measured(job, "after", tuned)

@@ -8,10 +8,13 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import deltas
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
+from jaxsparse.engine.fused import FusedTuner
+from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.tuner import StepMetrics, Tuner, TunerState
 from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
 from jaxsparse.train.config import RunConfig
@@ -30,6 +33,7 @@ def train(
     *,
     rate: Callable[[int], Any],
     base_fingerprint: str,
+    sharding: Sharding | None = None,
 ) -> tuple[TunerState, Totals]:
     """Trains for a number of steps, from the start or from the newest checkpoint.
 
@@ -41,6 +45,7 @@ def train(
         steps: optimizer steps of the whole run.
         rate: learning rate as a function of the step, for the metrics.
         base_fingerprint: of `params`.
+        sharding: how the parameters are divided between devices, if they are.
 
     Returns:
         The last state and the sums over the run; `tuner.params` of that state is the tuned model.
@@ -62,11 +67,14 @@ def train(
     else:
         # Not by way of `init`, which may change the weights that the delta is against (LoRA-GA).
         state = TunerState(deltas.apply(params, found.delta, donate=True), found.method_state)
+        state = _placed(tuner, state, sharding)
         totals, start = Totals(**found.totals), found.step
         data.set_state(found.data_state)
 
     def take(batch: Any) -> StepMetrics:
         nonlocal state
+        if sharding is not None:
+            batch = jax.device_put(batch, sharding.of_batch(batch))
         state, metrics = tuner.step(state, batch)
         return metrics
 
@@ -88,6 +96,16 @@ def train(
                 reporter.restart()
         reporter.flush()
     return state, totals
+
+
+def _placed(tuner: Tuner, state: TunerState, sharding: Sharding | None) -> TunerState:
+    """A restored state on the devices where a new one would be."""
+    if sharding is None:
+        return state
+    if isinstance(tuner, FusedTuner) and tuner.sharding is not None:
+        return tuner.placed(state)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return state._replace(method=jax.device_put(state.method, everywhere))
 
 
 def _at(params: Any, positions: list[int]) -> list[tuple[str, Any]]:

@@ -1,11 +1,14 @@
 """Everything about a run that can be wrong, found before anything is written."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
+import jax
+from jax.sharding import AxisType
 from rich.console import Console
 
 from jaxsparse.common.errors import InputError
@@ -14,10 +17,12 @@ from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.engine.description import SubspaceTransformation, count_slots
+from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.tuner import Tuner
 from jaxsparse.evaluate.held_out import HeldOut, encode_held_out
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
+from jaxsparse.models.sharding import mesh_sizes, partition_spec
 from jaxsparse.train.config import DataConfig, Engine, FinetuneConfig, RunConfig
 from jaxsparse.train.engines import choose_engine
 from jaxsparse.train.metrics import check_tensorboard
@@ -41,6 +46,7 @@ class Job:
         data: the training batches.
         steps: optimizer steps of the whole run.
         held_out: the rows to measure on, or None.
+        sharding: how the model is divided between devices, or None.
     """
 
     config: FinetuneConfig
@@ -53,6 +59,7 @@ class Job:
     data: grain.DatasetIterator
     steps: int
     held_out: HeldOut | None
+    sharding: Sharding | None = None
 
 
 def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequence[Row]) -> Job:
@@ -72,21 +79,24 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     rows, run = config.rows, config.run
     _check_run(run)
     _check_rows(rows)
+    sharding = _sharding(config)
     base = load(config.base.model, dtype=config.base.dtype)
     if base.tokenizer is None:
         raise InputError(f"model {base.name} has no tokenizer; add its tokenizer.json to {base.folder}")
-    longest = base.config.max_position_embeddings
+    tokenizer, longest = base.tokenizer, base.config.max_position_embeddings
     if rows.max_length > longest:
         raise InputError(f"max_length={rows.max_length} is more than the {longest} positions of the model")
     options: dict[str, Any] = {"template": rows.template, "max_length": rows.max_length, "too_long": rows.too_long}
-    examples = encode_rows(train_rows, base.tokenizer, train_on=rows.train_on, **options)
+    examples = encode_rows(train_rows, tokenizer, train_on=rows.train_on, **options)
     steps = _steps(config, examples)
     method = make_method(config, base.params, steps, base.config.head_dim)
+    if sharding is not None:
+        base = dataclasses.replace(base, params=jax.device_put(base.params, sharding.of(base.params), donate=True))
     model, held_out = LanguageModel(base.config, config.base.remat), None
     count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]
-        held_out = encode_held_out(model, base.tokenizer, measured, max_new_tokens=rows.max_new_tokens, **options)
+        held_out = encode_held_out(model, tokenizer, measured, max_new_tokens=rows.max_new_tokens, **options)
     batching = {"seed": run.seed, **_batching(rows)}
     tuner, engine, notice = choose_engine(
         config.engine,
@@ -96,11 +106,27 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
         lambda: batches(examples, **batching),
         share_of_data=max(1, round(0.01 * steps_per_epoch(examples, epoch=0, **batching))),  # S2FT's paper takes 1 %
         micro_batches=rows.micro_batches,
+        sharding=sharding,
     )
     if notice:
         Console(stderr=True, soft_wrap=True).print(notice, markup=False, highlight=False)
     data = batches(examples, **batching)
-    return Job(config, base, base.tokenizer, model, method, tuner, engine, data, steps, held_out)
+    return Job(config, base, tokenizer, model, method, tuner, engine, data, steps, held_out, sharding)
+
+
+def _sharding(config: FinetuneConfig) -> Sharding | None:
+    """How the model is divided between the devices that are here."""
+    if config.base.mesh is None:
+        return None
+    sizes = mesh_sizes(config.base.mesh, jax.device_count())
+    parts, rows = sizes["data"] * sizes["fsdp"], config.rows.batch // config.rows.micro_batches
+    if rows % parts:
+        raise InputError(
+            f"batch={config.rows.batch} in micro_batches={config.rows.micro_batches} leaves {rows} rows, which the "
+            f"{parts} devices along data and fsdp cannot share equally"
+        )
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Sharding(mesh, partition_spec, selection=config.base.selection)
 
 
 def _check_run(run: RunConfig) -> None:
