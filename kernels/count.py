@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
-
 from jaxsparse.kernels.merge import Best, keys_of
 from jaxsparse.kernels.select import IS_NONE
+from jaxtyping import Array, Int
 
 __all__ = ["by_counting", "key_of"]
 

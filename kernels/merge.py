@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
 from jaxsparse.kernels.blocks import power_of_2
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
+from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["Best", "by_sorting", "candidates_of_tile", "keys_of", "largest_of_tiles"]
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.launch import alike
+from jaxtyping import Array, Float, Int
 
 __all__ = ["accumulation_dtype", "scan_start", "scan_tiles"]
 

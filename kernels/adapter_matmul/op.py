@@ -3,13 +3,12 @@
 from functools import partial
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.adapter_matmul.pallas_gpu import entries_gpu, neurons_gpu, slices_gpu
 from jaxsparse.kernels.adapter_matmul.reference import entries_reference, neurons_reference, slices_reference
 from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxtyping import Array, Float, Int
 
 __all__ = ["adapter_matmul", "adapter_slices_matmul"]
 

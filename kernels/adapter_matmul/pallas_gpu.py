@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import chosen_sums, inside
 from jaxsparse.kernels.launch import triton_call
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Tiling", "entries_gpu", "neurons_gpu", "slices_gpu"]
 

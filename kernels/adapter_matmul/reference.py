@@ -5,11 +5,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import split_flat
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_start
+from jaxtyping import Array, Float, Int
 
 __all__ = ["entries_reference", "neurons_reference", "slices_reference"]
 

@@ -4,12 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from jaxsparse.kernels.block_topk.pallas_gpu import block_topk_gpu, column_topk_gpu
 from jaxsparse.kernels.block_topk.reference import TopK, block_topk_reference, column_topk_reference
 from jaxsparse.kernels.blocks import check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
+from jaxtyping import Array, Float
 
 __all__ = ["TopK", "block_topk"]
 

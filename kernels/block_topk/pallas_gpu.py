@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.block_topk.reference import TopK, block_topk_reference
 from jaxsparse.kernels.launch import triton_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Blocks", "Columns", "best_of_blocks", "block_topk_gpu", "column_topk_gpu"]
 

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.threshold import largest
+from jaxtyping import Array, Float, Int
 
 __all__ = ["TopK", "block_topk_reference", "column_topk_reference"]
 

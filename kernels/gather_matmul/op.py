@@ -4,14 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels, split_flat
 from jaxsparse.kernels.gather_matmul.pallas_gpu import entries_product_gpu, neurons_product_gpu, neurons_transposed_gpu
 from jaxsparse.kernels.gather_matmul.reference import entries_product, neurons_product, neurons_transposed
 from jaxsparse.kernels.launch import Implementation, alike, run
 from jaxsparse.kernels.sampled_matmul.op import sampled_matmul
 from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxtyping import Array, Float, Int
 
 __all__ = ["gather_matmul"]
 

@@ -7,9 +7,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.tiles import TILE_ENTRIES, TILES, accumulation_dtype, scan_start
+from jaxtyping import Array, Float, Int
 
 __all__ = [
     "entries_by_bands",

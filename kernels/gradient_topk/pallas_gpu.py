@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import dot_over_tokens
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, best_by_xla, gradient_topk_reference
 from jaxsparse.kernels.launch import triton_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys, places_among_largest
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Tiling", "best_of_tiles", "gradient_topk_gpu", "tiling"]
 

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import dot_over_tokens
 from jaxsparse.kernels.count import by_counting, key_of
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, best_by_xla, gradient_topk_reference
 from jaxsparse.kernels.launch import mosaic_call
 from jaxsparse.kernels.merge import Best, candidates_of_tile, largest_of_tiles
 from jaxsparse.kernels.select import IS_NONE, magnitude_keys
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Tiling", "best_of_tiles", "gradient_topk_tpu"]
 

@@ -1,13 +1,12 @@
 """Entries of x.T @ dy at given places."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import as_index, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.sampled_matmul.pallas_gpu import sampled_matmul_gpu
 from jaxsparse.kernels.sampled_matmul.reference import sampled_matmul_reference
 from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxtyping import Array, Float, Int
 
 __all__ = ["sampled_matmul"]
 

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.blocks import inside, power_of_2
 from jaxsparse.kernels.launch import triton_call
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Tiling", "sampled_matmul_gpu", "tiling"]
 

@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
+from jaxtyping import Array, Float, Int
 
 __all__ = ["gathered", "neurons_gathered", "sampled_matmul_reference", "tiled"]
 

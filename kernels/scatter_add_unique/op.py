@@ -2,12 +2,11 @@
 
 from functools import partial
 
-from jaxtyping import Array, Int, Num
-
 from jaxsparse.kernels.blocks import as_index, check_size, fits_kernels
 from jaxsparse.kernels.launch import Implementation, run
 from jaxsparse.kernels.scatter_add_unique.pallas_gpu import scatter_gpu
 from jaxsparse.kernels.scatter_add_unique.reference import scatter_reference
+from jaxtyping import Array, Int, Num
 
 __all__ = ["scatter_add_unique", "scatter_unique"]
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int, Num
-
 from jaxsparse.kernels.blocks import power_of_2
 from jaxsparse.kernels.launch import triton_call
+from jaxtyping import Array, Int, Num
 
 __all__ = ["Tiling", "scatter_gpu"]
 

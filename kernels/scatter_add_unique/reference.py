@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
-
 from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxtyping import Array, Int, Num
 
 __all__ = ["scatter_reference"]
 

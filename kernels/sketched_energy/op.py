@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
-
 from jaxsparse.kernels.tiles import accumulation_dtype
+from jaxtyping import Array, Float, PRNGKeyArray
 
 __all__ = ["sketched_energy"]
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxsparse.kernels import adapter_matmul, adapter_slices_matmul
 
 from experiments.shapes import NEURONS
 from jaxsparse import kernels
-from jaxsparse.kernels import adapter_matmul, adapter_slices_matmul
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxsparse.kernels import (
     adapter_matmul,
     adapter_slices_matmul,

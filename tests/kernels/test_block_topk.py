@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxsparse.kernels import block_topk
 from jaxsparse.kernels.block_topk.pallas_gpu import Blocks, Columns, block_topk_gpu, column_topk_gpu
 

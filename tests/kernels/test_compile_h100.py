@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxsparse.kernels import gradient_topk, scatter_add_unique, scatter_unique
 
 from experiments.ops import OPS
 from experiments.shapes import PROJECTIONS, Projection
 from jaxsparse.common.errors import InputError
-from jaxsparse.kernels import gradient_topk, scatter_add_unique, scatter_unique
 from jaxsparse.plan.absent import DEVICES, compile_for
 from jaxsparse.plan.resources import gpu_kernels
 from tests.engine.buffers import large_buffers

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxsparse.kernels import gradient_topk
+from jaxsparse.kernels.gradient_topk.pallas_tpu import Tiling, best_of_tiles
 
 from experiments.shapes import PROJECTIONS
 from jaxsparse.common.errors import InputError
-from jaxsparse.kernels import gradient_topk
-from jaxsparse.kernels.gradient_topk.pallas_tpu import Tiling, best_of_tiles
 from jaxsparse.plan.absent import compile_for
 from tests.engine.buffers import large_buffers
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from experiments.shapes import NEURONS
 from jaxsparse.kernels import gather_matmul
 from jaxsparse.kernels.blocks import chosen_sums
 from jaxsparse.kernels.gather_matmul import reference
+
+from experiments.shapes import NEURONS
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 

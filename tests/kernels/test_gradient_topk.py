@@ -10,10 +10,10 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-
-from experiments.shapes import SMALL, Small
 from jaxsparse.kernels.gradient_topk import pallas_gpu, pallas_tpu
 from jaxsparse.kernels.gradient_topk.op import GradientTopK, gradient_topk
+
+from experiments.shapes import SMALL, Small
 
 # Backends, by name: the op with a `k`.
 BACKENDS: dict[str, Callable[..., GradientTopK]] = {

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-
 from jaxsparse.kernels import (
     adapter_matmul,
     adapter_slices_matmul,

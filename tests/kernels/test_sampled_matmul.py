@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from experiments.shapes import NEURONS
-from jaxsparse import kernels
 from jaxsparse.kernels import sampled_matmul
 from jaxsparse.kernels.sampled_matmul import reference
 from jaxsparse.kernels.sampled_matmul.pallas_gpu import Tiling, sampled_matmul_gpu
+
+from experiments.shapes import NEURONS
+from jaxsparse import kernels
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxsparse.kernels import scatter_add_unique, scatter_unique
 
 from jaxsparse import kernels
-from jaxsparse.kernels import scatter_add_unique, scatter_unique
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 

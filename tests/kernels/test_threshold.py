@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from jaxsparse.kernels.threshold import by_threshold, largest
 
 NUMBERS = st.one_of(
