@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-from jaxtyping import Array, Float
-
 from jaxsparse.kernels.blocks import check_size, fits_kernels
 from jaxsparse.kernels.gradient_topk.pallas_gpu import gradient_topk_gpu
 from jaxsparse.kernels.gradient_topk.pallas_tpu import gradient_topk_tpu
 from jaxsparse.kernels.gradient_topk.reference import GradientTopK, gradient_topk_reference, magnitude
 from jaxsparse.kernels.launch import Implementation, run
+from jaxtyping import Array, Float
 
 __all__ = ["GradientTopK", "gradient_topk"]
 

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from jaxsparse.kernels.merge import Best
 from jaxsparse.kernels.threshold import largest
 from jaxsparse.kernels.tiles import accumulation_dtype, scan_tiles
+from jaxtyping import Array, Float, Int
 
 __all__ = ["GradientTopK", "best_by_xla", "gradient_topk_reference", "magnitude"]
 
