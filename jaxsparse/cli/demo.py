@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     _write_problems(config.rows.data, train)
     _write_problems(demo.out / "held_out.json", held_out)
     report = carry_out(job)
+    assert report is not None  # there is one process
     show(report, as_json=demo.json)
     if not demo.json:
         _say_where(demo)

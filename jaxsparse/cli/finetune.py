@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.methods.registry import options_class
-from jaxsparse.train.config import FinetuneConfig
+from jaxsparse.train.cluster import join, watched
+from jaxsparse.train.config import ClusterConfig, FinetuneConfig
 from jaxsparse.train.finetune import finetune
 from jaxsparse.train.report import Report
 
@@ -20,7 +22,15 @@ __all__ = ["main", "show"]
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments, runs, and prints the report."""
     config = parse(_config_class, "jaxsparse finetune", arguments)
+    alone = config.cluster == ClusterConfig()
+    return _run(config) if alone else watched(lambda: reported("finetune", lambda: _run(config)))
+
+
+def _run(config: FinetuneConfig[Any]) -> int:
+    join(config.cluster)
     report = finetune(config)
+    if report is None:  # the first process tells
+        return 0
     show(report, as_json=config.json)
     return 0 if report.bit_identical else 1
 

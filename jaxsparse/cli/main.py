@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jaxsparse.common.errors import InputError
+from jaxsparse.cli.errors import reported
 
 __all__ = ["main"]
 
@@ -44,15 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"jaxsparse: unknown command {command!r}; commands: {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        # Each command is imported on demand: `jaxsparse --help` need not wait for jax.
-        return import_module(f"jaxsparse.cli.{command}").main(rest)
-    except (InputError, OSError) as error:
-        print(f"jaxsparse {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"jaxsparse {command}: interrupted", file=sys.stderr)
-        return 130
+    # Each command is imported on demand: `jaxsparse --help` need not wait for jax.
+    return reported(command, lambda: import_module(f"jaxsparse.cli.{command}").main(rest))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.hosts import placed
 from jaxsparse.engine.backward import picks_in_backward, retained, sketches, slot_gradients
 from jaxsparse.engine.commit import commit_moves, read_slots
 from jaxsparse.engine.description import Description
@@ -143,7 +144,7 @@ class FusedTuner(OwnDelta):
         divided = self._divided(targets)
         places = MatrixPlaces(targets, jax.tree.structure(params, is_leaf=is_masked))
         if self.sharding is not None:
-            params = jax.device_put(params, self.sharding.of(params), donate=donate)
+            params = jax.tree.map(placed, params, self.sharding.of(params))
         supports = [jnp.copy(support) for support in first_support(self.description, params)]
         supports = [
             support if part is None else shared_equally(part, target.path, support)
@@ -154,7 +155,7 @@ class FusedTuner(OwnDelta):
         made = TunerState(params if donate else jax.tree.map(jnp.copy, params), state)
         return made if self.sharding is None else self.placed(made)
 
-    def placed(self, state: TunerState, put: Callable[[Any, Any], Any] = jax.device_put) -> TunerState:
+    def placed(self, state: TunerState, put: Callable[[Any, Any], Any] = placed) -> TunerState:
         """Returns a state of which every array is where `sharding` says: weights divided, and slots with them.
 
         Args:

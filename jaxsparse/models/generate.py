@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.hosts import to_host
 from jaxsparse.models.attention import Cache
 
 __all__ = ["Decodes", "generate"]
@@ -95,7 +96,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sample=temperature > 0,
     )
-    return [_before_stop(row, set(stop_ids)) for row in np.asarray(generated).tolist()]
+    return [_before_stop(row, set(stop_ids)) for row in to_host(generated).tolist()]
 
 
 def _check(

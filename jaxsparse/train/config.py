@@ -6,7 +6,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-__all__ = ["DataConfig", "Engine", "FinetuneConfig", "ModelConfig", "OptimizerConfig", "RunConfig"]
+__all__ = ["ClusterConfig", "DataConfig", "Engine", "FinetuneConfig", "ModelConfig", "OptimizerConfig", "RunConfig"]
 
 Options = TypeVar("Options")
 DType = Literal["float32", "bfloat16"]
@@ -103,6 +103,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Several processes, on one machine or many, that train one model together on the devices of all of them."""
+
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Join the other processes that JAX finds by itself: on TPU pods, Slurm, Open MPI, Kubernetes."""
+    coordinator: str | None = None
+    """Elsewhere: HOST:PORT of process 0, the same for all."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    heartbeat_seconds: int = 60
+    """A process that is silent for so long is taken for lost, and the others end."""
+    wait_seconds: int = 300
+    """How long to wait for the others at the start."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(Generic[Options]):
     """Fine-tunes a language model by a sparse method and saves what changed as a delta.
 
@@ -118,6 +136,7 @@ class FinetuneConfig(Generic[Options]):
     run: RunConfig
     chosen_method: Options
     inner: OptimizerConfig = field(default_factory=OptimizerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     method: str = "gasdu"
     """The method; its own options are listed below. `--method NAME --help` shows another method's."""
     engine: Engine = "fused"

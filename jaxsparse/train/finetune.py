@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxsparse import deltas
 from jaxsparse.common.files import atomic_write_text
+from jaxsparse.common.hosts import agreed, gathered, is_first, wait_for_all
 from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
@@ -31,14 +32,14 @@ from jaxsparse.train.run_folder import check_run_folder, flat_options, open_run_
 __all__ = ["carry_out", "finetune"]
 
 
-def finetune(config: FinetuneConfig) -> Report:
+def finetune(config: FinetuneConfig) -> Report | None:
     """Runs a fine-tuning job and writes its results to the run's folder.
 
     Args:
         config: the run's configuration.
 
     Returns:
-        The report, which lies in `report.json` too.
+        The report, which lies in `report.json` too; None on all of several processes but the first, which writes.
 
     Raises:
         InputError: something in the configuration, the data or the model does not work.
@@ -46,24 +47,26 @@ def finetune(config: FinetuneConfig) -> Report:
     rows = config.rows
     train_rows = load_rows(rows.data)
     eval_rows = load_rows(rows.eval_data) if rows.eval_data is not None else []
-    check_run_folder(config)
+    if is_first():
+        check_run_folder(config)
     return carry_out(prepare(config, train_rows, eval_rows))
 
 
-def carry_out(job: Job) -> Report:
+def carry_out(job: Job) -> Report | None:
     """Runs a job that `prepare` made, once: the training takes over the memory of its parameters.
 
     Args:
         job: the job; its data files must lie where its configuration says.
 
     Returns:
-        The report.
+        The report; None on all of several processes but the first.
 
     Raises:
         InputError: the run's folder cannot be used.
     """
     config, base = job.config, job.base
-    open_run_folder(config)
+    if is_first():
+        open_run_folder(config)
     before = _measured(job, "before", base.params)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(
@@ -78,10 +81,15 @@ def carry_out(job: Job) -> Report:
     )
     tuned, method_progress = job.tuner.params(state), state.method.progress
     after = _measured(job, "after", tuned)
+    state, tuned = gathered((state, tuned))
+    if not is_first():
+        wait_for_all("the end")
+        return None
     delta = _save_delta(job, state, tuned)
     report = _report(job, before, after, count_slots(job.method, tuned), method_progress, totals, delta)
     text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
     atomic_write_text(config.run.out / "report.json", text + "\n")
+    wait_for_all("the end")
     return report
 
 
@@ -90,7 +98,8 @@ def _measured(job: Job, when: str, params: Any) -> Measurement | None:
     if job.held_out is None:
         return None
     file, rows = job.config.run.out / f"predictions_{when}.json", job.held_out.rows
-    if when == "before" and job.config.run.resume and (known := _read_measurement(file, len(rows))):
+    known = _read_measurement(file, len(rows)) if when == "before" and job.config.run.resume else None
+    if agreed(known is not None):
         return known
     with progress(f"measuring {when}", 2 * len(rows)) as advance:
         measured = measure(job.model, params, job.tokenizer, job.held_out, advance=lambda n: advance(n, ""))
@@ -98,6 +107,8 @@ def _measured(job: Job, when: str, params: Any) -> Measurement | None:
         {"instruction": row.instruction, "input": row.input, "answer": row.answer, "prediction": prediction}
         for row, prediction in zip(rows, measured.predictions, strict=True)
     ]
+    if not is_first():
+        return measured
     found = {"loss": finite_or_none(measured.loss), "exact_match": measured.exact_match, "rows": written}
     atomic_write_text(file, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return measured

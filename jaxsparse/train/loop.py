@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import deltas
+from jaxsparse.common.hosts import agreed, gathered, is_first, placed, to_host, wait_for_all
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.fused import FusedTuner
@@ -18,10 +19,13 @@ from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.tuner import StepMetrics, Tuner, TunerState
 from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
 from jaxsparse.train.config import RunConfig
-from jaxsparse.train.metrics import MetricsWriter
+from jaxsparse.train.metrics import MetricsWriter, NoMetrics
 from jaxsparse.train.reporter import Reporter, Totals
 
 __all__ = ["train"]
+
+# To agree on the time takes a message between processes.
+_STEPS_BETWEEN_CLOCKS = 16
 
 
 def train(
@@ -54,10 +58,12 @@ def train(
         InputError: a checkpoint cannot be written, or none can be used.
     """
     folder = run.out / "checkpoints"
-    remove_unfinished(folder)
+    if is_first():
+        remove_unfinished(folder)
+    wait_for_all("the start")
     # A host copy of what may move: checkpoints hold the weights as a delta against it.
     moving = tuner.description.moving(params)
-    base = {path: np.array(leaf) for path, leaf in _at(params, moving)}
+    base = {path: np.array(to_host(leaf)) for path, leaf in _at(params, moving)}
     found = None
     if run.resume:
         like = jax.eval_shape(tuner.init, params).method
@@ -66,7 +72,7 @@ def train(
         state, totals, start = tuner.init(params, donate=True), Totals(), 0
     else:
         # Not by way of `init`, which may change the weights that the delta is against (LoRA-GA).
-        state = TunerState(deltas.apply(params, found.delta, donate=True), found.method_state)
+        state = TunerState(deltas.apply(gathered(params), found.delta, donate=True), found.method_state)
         state = _placed(tuner, state, sharding)
         totals, start = Totals(**found.totals), found.step
         data.set_state(found.data_state)
@@ -74,13 +80,13 @@ def train(
     def take(batch: Any) -> StepMetrics:
         nonlocal state
         if sharding is not None:
-            batch = jax.device_put(batch, sharding.of_batch(batch))
+            batch = jax.tree.map(placed, batch, sharding.of_batch(batch))
         state, metrics = tuner.step(state, batch)
         return metrics
 
     last_save = time.monotonic()
     with (
-        MetricsWriter(run.out, start, tensorboard=run.tensorboard) as writer,
+        MetricsWriter(run.out, start, tensorboard=run.tensorboard) if is_first() else NoMetrics() as writer,
         progress("training", steps, done=start) as advance,
     ):
         reporter = Reporter(writer, totals, rate, advance)
@@ -89,9 +95,11 @@ def train(
             reporter.step(step, batch, partial(take, batch))
             if step < steps and _due(run, step, last_save):
                 reporter.flush()
-                delta = deltas.diff(base, dict(_at(state.params, moving)), base_fingerprint=base_fingerprint, step=step)
-                checkpoint = RunCheckpoint(step, delta, state.method, data.get_state(), vars(totals).copy())
-                save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
+                moved, method = gathered((dict(_at(state.params, moving)), state.method))
+                if is_first():
+                    delta = deltas.diff(base, moved, base_fingerprint=base_fingerprint, step=step)
+                    checkpoint = RunCheckpoint(step, delta, method, data.get_state(), vars(totals).copy())
+                    save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
                 last_save = time.monotonic()
                 reporter.restart()
         reporter.flush()
@@ -105,7 +113,8 @@ def _placed(tuner: Tuner, state: TunerState, sharding: Sharding | None) -> Tuner
     if isinstance(tuner, FusedTuner) and tuner.sharding is not None:
         return tuner.placed(state)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return state._replace(method=jax.device_put(state.method, everywhere))
+    params = jax.tree.map(placed, state.params, sharding.of(state.params))
+    return TunerState(params, jax.tree.map(lambda leaf: placed(leaf, everywhere), state.method))
 
 
 def _at(params: Any, positions: list[int]) -> list[tuple[str, Any]]:
@@ -115,7 +124,9 @@ def _at(params: Any, positions: list[int]) -> list[tuple[str, Any]]:
 
 
 def _due(run: RunConfig, step: int, last_save: float) -> bool:
-    """Whether a checkpoint is due after a step."""
-    by_step = run.checkpoint_every is not None and step % run.checkpoint_every == 0
-    by_time = run.checkpoint_minutes is not None and time.monotonic() - last_save >= 60 * run.checkpoint_minutes
-    return by_step or by_time
+    """Whether a checkpoint is due after a step; of several processes the first one's clock decides, now and then."""
+    if run.checkpoint_every is not None and step % run.checkpoint_every == 0:
+        return True
+    if run.checkpoint_minutes is None or (jax.process_count() > 1 and step % _STEPS_BETWEEN_CLOCKS):
+        return False
+    return agreed(time.monotonic() - last_save >= 60 * run.checkpoint_minutes)

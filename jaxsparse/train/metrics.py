@@ -9,7 +9,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.numbers import finite_or_none
 
-__all__ = ["MetricsWriter", "check_tensorboard"]
+__all__ = ["MetricsWriter", "NoMetrics", "check_tensorboard"]
 
 
 class MetricsWriter:
@@ -45,6 +45,21 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+class NoMetrics:
+    """Takes metrics and writes none: those of other processes than the first."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def write(self, step: int, **values: int | float) -> None:
+        """Writes nothing."""
 
 
 def check_tensorboard() -> None:

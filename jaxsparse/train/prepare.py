@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from rich.console import Console
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.common.hosts import placed
 from jaxsparse.data.batches import batches, steps_per_epoch
 from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.rows import Row
@@ -91,7 +92,7 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     steps = _steps(config, examples)
     method = make_method(config, base.params, steps, base.config.head_dim)
     if sharding is not None:
-        base = dataclasses.replace(base, params=jax.device_put(base.params, sharding.of(base.params), donate=True))
+        base = dataclasses.replace(base, params=jax.tree.map(placed, base.params, sharding.of(base.params)))
     model, held_out = LanguageModel(base.config, config.base.remat), None
     count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
@@ -117,6 +118,8 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
 def _sharding(config: FinetuneConfig) -> Sharding | None:
     """How the model is divided between the devices that are here."""
     if config.base.mesh is None:
+        if jax.process_count() > 1:
+            raise InputError(f"several processes need a mesh of all their devices: --mesh data={jax.device_count()}")
         return None
     sizes = mesh_sizes(config.base.mesh, jax.device_count())
     parts, rows = sizes["data"] * sizes["fsdp"], config.rows.batch // config.rows.micro_batches

@@ -11,7 +11,7 @@ import numpy as np
 from jaxsparse.common.progress import Advance
 from jaxsparse.data.batches import Batch
 from jaxsparse.engine.tuner import StepMetrics
-from jaxsparse.train.metrics import MetricsWriter
+from jaxsparse.train.metrics import MetricsWriter, NoMetrics
 
 __all__ = ["Reporter", "Totals"]
 
@@ -60,7 +60,9 @@ class Reporter:
         advance: takes the progress.
     """
 
-    def __init__(self, writer: MetricsWriter, totals: Totals, rate: Callable[[int], Any], advance: Advance) -> None:
+    def __init__(
+        self, writer: MetricsWriter | NoMetrics, totals: Totals, rate: Callable[[int], Any], advance: Advance
+    ) -> None:
         self._writer, self._totals, self._rate, self._advance = writer, totals, rate, advance
         self._pending: _Pending | None = None
         self._shapes: set[tuple[int, ...]] = set()

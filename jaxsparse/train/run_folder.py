@@ -14,7 +14,9 @@ from jaxsparse.train.config import FinetuneConfig
 __all__ = ["check_run_folder", "flat_options", "open_run_folder"]
 
 # No part of a run: how one call of the command goes about it.
-_OF_THE_CALL = {"resume", "json"}
+_OF_THE_CALL = {
+    *("resume", "json", "distributed", "coordinator", "processes", "process", "heartbeat_seconds", "wait_seconds")
+}
 # What may differ when a run goes on: nothing that the weights depend on.
 _FREE_TO_CHANGE = {"mesh", "tensorboard", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "out"}
 

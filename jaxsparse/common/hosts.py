@@ -1,0 +1,74 @@
+"""Arrays of one process and of several: what a host can read, and which host writes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+__all__ = ["agreed", "gathered", "is_first", "placed", "to_host", "wait_for_all"]
+
+
+def is_first() -> bool:
+    """Whether this process writes files and reports: the first of those that work together."""
+    return jax.process_index() == 0
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Returns an array's values; where other processes hold parts of it, all processes must ask together.
+
+    Example:
+        >>> to_host(jax.numpy.arange(3))
+        array([0, 1, 2], dtype=int32)
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def gathered(tree: Any) -> Any:
+    """Returns a tree of arrays as the host can read it: unchanged where it can, else gathered by all processes."""
+    return jax.tree.map(to_host, tree) if jax.process_count() > 1 else tree
+
+
+def placed(array: Any, sharding: Sharding) -> jax.Array:
+    """Returns an array on the devices of a sharding; of several processes each brings what belongs on its own.
+
+    `jax.device_put` would have them compare all values first, for which they would have to talk.
+
+    Args:
+        array: the same on all processes; or one that is divided between them already.
+        sharding: where it goes.
+
+    Example:
+        >>> placed(np.arange(3), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        Array([0, 1, 2], dtype=int32)
+    """
+    traced = isinstance(array, jax.core.Tracer)
+    if traced or sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def agreed(value: bool) -> bool:
+    """Returns what the first process says, on all of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process is here.
+
+    Args:
+        what: the same on all of them.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,84 @@
+"""Several processes that train one model together, by JAX's own runtime."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.train.config import ClusterConfig
+
+__all__ = ["join", "watched"]
+
+
+def join(config: ClusterConfig) -> None:
+    """Makes this process one of several, if the configuration says so; before anything else asks JAX for devices.
+
+    Raises:
+        InputError: the coordinator, the number of processes or this one's own is missing or not possible; or the others
+            cannot be reached.
+    """
+    given = (config.coordinator, config.processes, config.process)
+    if config.coordinator is None and not config.distributed:
+        if given != (None, None, None):
+            raise InputError("processes and process need --coordinator HOST:PORT, the address of the first process")
+        return
+    if config.coordinator is not None:
+        if config.processes is None or config.process is None:
+            raise InputError("--coordinator needs --processes, how many there are, and --process, this one's number")
+        if not 0 <= config.process < config.processes:
+            raise InputError(f"process={config.process} must lie between 0 and {config.processes - 1}")
+    # On CPUs programs that overlap could meet one another's messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(
+            *given,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=config.wait_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"cannot join the other processes: {reason}; start all of them within {config.wait_seconds} s, or give "
+            "--coordinator HOST:PORT --processes N --process I"
+        ) from error
+
+
+def watched(work: Callable[[], int]) -> int:
+    """Runs the work of one of several processes in a child, and says in a line if the others have gone.
+
+    JAX ends a process without ceremony as soon as it knows that another is lost: its parent is there to explain.
+
+    Args:
+        work: what to run; returns an exit status.
+
+    Returns:
+        The exit status: 3 where another process was lost.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = work()
+        except Exception:  # nobody above would print it
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        return os.WEXITSTATUS(status)
+    if os.WTERMSIG(status) == signal.SIGABRT:
+        print(
+            "jaxsparse: another process of this run is lost, and the others cannot go on without it; start all of them "
+            "again with --resume",
+            file=sys.stderr,
+        )
+        return 3
+    return 128 + os.WTERMSIG(status)
