@@ -13,6 +13,7 @@ _COMMANDS = {
     "evaluate": "measure loss, perplexity and exact match of a model, with or without a delta",
     "generate": "continue prompts, with any number of deltas side by side in one batch",
     "delta": "describe, make, apply, revert, mix and exchange deltas",
+    "plan": "memory, time at least and delta of fine-tuning on a device that need not be here",
     "methods": "list all methods; with --model, what each of them trains and stores",
     "convert": "convert Hugging Face, GGUF and llama2.c models to a Flax checkpoint, and back to Hugging Face",
     "demo": "all of it on SmolLM2-135M and arithmetic problems, in minutes",
