@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jaxsparse.common.errors import InputError
+from jaxsparse.common.errors import InputError, Stopped
 
 __all__ = ["main"]
 
@@ -32,7 +32,7 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input.
+    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input, 130 or 143 after a signal.
 
     Args:
         arguments: the command line without the program's name; None: that of the process.
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"jaxsparse {command}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"jaxsparse {command}: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"jaxsparse {command}: interrupted", file=sys.stderr)
         return 130

@@ -11,15 +11,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import deltas
+from jaxsparse.common.errors import Stopped
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.fused import FusedTuner
 from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.tuner import StepMetrics, Tuner, TunerState
-from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
+from jaxsparse.train.checkpoints import remove_unfinished, restore_newest
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.metrics import MetricsWriter
 from jaxsparse.train.reporter import Reporter, Totals
+from jaxsparse.train.saver import Saver
+from jaxsparse.train.stopping import StopRequests
 
 __all__ = ["train"]
 
@@ -52,6 +55,7 @@ def train(
 
     Raises:
         InputError: a checkpoint cannot be written, or none can be used.
+        Stopped: SIGTERM or SIGINT came; the step that was running is done, and a checkpoint saved.
     """
     folder = run.out / "checkpoints"
     remove_unfinished(folder)
@@ -80,6 +84,8 @@ def train(
 
     last_save = time.monotonic()
     with (
+        StopRequests() as requests,
+        Saver(folder, base, base_fingerprint, keep=run.keep_checkpoints) as saver,
         MetricsWriter(run.out, start, tensorboard=run.tensorboard) as writer,
         progress("training", steps, done=start) as advance,
     ):
@@ -87,13 +93,15 @@ def train(
         for step in range(start + 1, steps + 1):
             batch = next(data)
             reporter.step(step, batch, partial(take, batch))
-            if step < steps and _due(run, step, last_save):
+            stop = requests.received
+            if step < steps and (stop or _due(run, step, last_save)):
                 reporter.flush()
-                delta = deltas.diff(base, dict(_at(state.params, moving)), base_fingerprint=base_fingerprint, step=step)
-                checkpoint = RunCheckpoint(step, delta, state.method, data.get_state(), vars(totals).copy())
-                save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
+                saver.save(step, dict(_at(state.params, moving)), state.method, data.get_state(), vars(totals))
                 last_save = time.monotonic()
                 reporter.restart()
+            if step < steps and stop:
+                saver.wait()
+                raise Stopped(stop, step)
         reporter.flush()
     return state, totals
 
