@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on."""
 
+import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,8 @@ class Saver:
         self.wait()
         # Copies: what NumPy sees of an array on CPU is the array's own memory, which the next step takes.
         moved, state = jax.tree.map(np.array, (moving, method_state))
-        self._pending = self._thread.submit(self._write, step, moved, state, dict(data_state), dict(totals))
+        sums = copy.deepcopy((data_state, totals))
+        self._pending = self._thread.submit(self._write, step, moved, state, *sums)
 
     def wait(self) -> None:
         """Waits until all is written.

@@ -1,5 +1,6 @@
 """A run that is asked to end saves and says how to go on; checkpoints are written beside training, whole or not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -71,13 +72,17 @@ def test_what_is_saved_is_what_was_there_when_it_was_told(base, tmp_path, monkey
     state = {"moments": np.arange(3.0)}
     with Saver(tmp_path, base, fingerprint(base), keep=2) as saver:
         weight = np.ones((4, 4), np.float32)
-        saved_by(saver, 1, weight, state)
+        totals = {"retained": [1]}
+        saver.save(1, {"w": weight}, state, {"at": {"row": 1}}, totals)
         assert not list(tmp_path.iterdir())  # training goes on meanwhile, and changes what it told
         weight += 1
         state["moments"] += 1
+        totals["retained"].append(2)
         go.set()
     delta = deltas.load(tmp_path / "step_00000001" / "delta")
     np.testing.assert_array_equal(deltas.apply(base, delta)["w"], np.ones((4, 4)))
+    told = json.loads((tmp_path / "step_00000001" / "run.json").read_text())
+    assert told == {"step": 1, "data": {"at": {"row": 1}}, "totals": {"retained": [1]}}
 
 
 def test_one_save_waits_for_the_other_and_errors_come_out(base, tmp_path, monkeypatch):
