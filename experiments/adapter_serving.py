@@ -198,7 +198,7 @@ def _scatter_turn(pair: list[tuple[Array, Array]]) -> Callable[[Any, int], Any]:
 
 
 def _checked_turn(pair: list[Delta]) -> Callable[[Any, int], Any]:
-    return lambda params, at: js.deltas.switch(params, pair[1 - at], pair[at])
+    return lambda params, at: js.deltas.switch(params, pair[1 - at], pair[at], donate=True)
 
 
 def switching(config: AdapterServingConfig) -> list[Row]:

@@ -5,18 +5,13 @@ import gc
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
+from experiments.tiny import make_tiny_model
 from jaxsparse.data.arithmetic import generate_problems
-from jaxsparse.data.tokenizers import Tokenizer
-from jaxsparse.models.checkpoints import save
-from jaxsparse.models.configs import LlamaConfig
-from jaxsparse.models.functional import LanguageModel
 
 # What takes most of the suite's time is compiling, and what is compiled runs for moments: LLVM need not try hard, and
 # XLA's older emitters, of one operation at a time, are three times as quick as its MLIR pipelines. Code in parts, for
@@ -70,34 +65,3 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         rows = [dataclasses.asdict(row) for row in generate_problems(count, split=split, seed=1)]
         files[split].write_text(json.dumps(rows, indent=1))
     return files
-
-
-def make_tiny_model(folder: Path, **options: Any) -> Path:
-    """Makes the model of `tiny_model`, but for options; a function, so that other processes can too."""
-    texts = [row.instruction + " " + row.answer for row in generate_problems(500, split="train", seed=0)]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=500, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = Tokenizer(backend, eos_id=0, stop_ids=(0,))
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        max_position_embeddings=256,
-        **options,
-    )
-    params = LanguageModel(config).init(jax.random.key(0))
-    save(folder, config, params, tokenizer, "tiny")
-    return folder

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
-from jaxsparse.cli.delta_files import check_out, dtype_of, named_paths, said_of
+from jaxsparse.cli.delta_files import check_out, dtype_of, named_paths, said_of, size_on_disk
 from jaxsparse.cli.delta_info import InfoConfig, info
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.fingerprints import fingerprint
@@ -179,7 +179,7 @@ class ImportConfig:
 
 
 def _diff(config: DiffConfig) -> None:
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, config.base, config.tuned)
     with progress("diff", 3) as advance:
         advance(0, "reading the base")
         base = load(config.base, dtype=config.dtype)
@@ -201,7 +201,7 @@ def _diff(config: DiffConfig) -> None:
 
 
 def _apply(config: ApplyConfig) -> None:
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, config.model, config.delta)
     with progress("apply", 3) as advance:
         advance(0, "reading the model")
         delta = deltas.load(config.delta)
@@ -216,7 +216,7 @@ def _apply(config: ApplyConfig) -> None:
 
 
 def _revert(config: RevertConfig) -> None:
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, config.model, config.delta)
     with progress("revert", 3) as advance:
         advance(0, "reading the model")
         delta = deltas.load(config.delta)
@@ -239,8 +239,8 @@ def _revert(config: RevertConfig) -> None:
 
 
 def _mix(config: MixConfig) -> None:
-    check_out(config.out, config.overwrite)
     paths = named_paths([text for group in config.delta for text in group])
+    check_out(config.out, config.overwrite, config.model, *paths.values())
     if not paths:
         raise InputError("give at least one --delta to mix")
     with progress("mix", 3) as advance:
@@ -259,7 +259,7 @@ def _mix(config: MixConfig) -> None:
 def _export(config: ExportConfig) -> None:
     if config.to == "entries" and config.out.suffix != ".safetensors":
         raise InputError(f"--out of entries is a file and must end in .safetensors, got {config.out}")
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, config.model, config.delta)
     with progress("export", 2) as advance:
         advance(0, "reading the model")
         delta = deltas.load(config.delta)
@@ -273,17 +273,23 @@ def _export(config: ExportConfig) -> None:
         else:
             deltas.export_merged(config.out, delta, base, overwrite=config.overwrite)
         advance(1, "written")
-    _say({"out": str(config.out), "to": config.to, "entries": delta.entries}, as_json=config.json)
+    said = {"out": str(config.out), "to": config.to, "bytes_on_disk": size_on_disk(config.out)}
+    said |= {"bytes_of_the_delta": size_on_disk(config.delta)}
+    _say(said, as_json=config.json)
 
 
 def _import(config: ImportConfig) -> None:
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, config.model, config.from_peft)
     with progress("import", 2) as advance:
         advance(0, "reading the model")
         base = load(config.model, dtype=config.dtype)
         advance(1, "reading the adapter")
         delta = deltas.import_peft(
-            config.from_peft, base=base.params, config=base.config, base_fingerprint=base.fingerprint
+            config.from_peft,
+            base=base.params,
+            config=base.config,
+            base_fingerprint=base.fingerprint,
+            base_name=base.name,
         )
         deltas.save(config.out, delta, overwrite=config.overwrite)
         advance(1, "written")

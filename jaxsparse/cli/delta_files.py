@@ -29,8 +29,9 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
         name, is_named, path = text.partition("=")
         if not is_named or Path(text).exists():
             path = text
-            name = next((part for part in reversed(Path(text).with_suffix("").parts) if part != "delta"), "delta")
-        if not name or not path:
+            parts = Path(text.removesuffix(".safetensors")).resolve().parts
+            name = next((part for part in reversed(parts) if part not in ("delta", "/")), "delta")
+        if not name or not text or not path:
             raise InputError(f"a delta must be NAME=PATH or a path, got {text!r}")
         if name in paths:
             raise InputError(f"two deltas have the name {name!r}; name them by NAME=PATH")
@@ -40,12 +41,17 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+_MARKS = ("delta.json", "config.json", "adapter_config.json")
+"""A folder that holds one of these is a delta, a model or an adapter."""
+
+
+def check_out(out: Path, overwrite: bool, *inputs: str | Path) -> None:
     """Checks before long work that a folder, or a .safetensors file, can be made.
 
     Args:
         out: its path.
-        overwrite: whether what is there may be replaced.
+        overwrite: whether what is there may be replaced, if it is a delta, a model or an adapter.
+        inputs: what is read, which must not be replaced.
 
     Raises:
         InputError: there is something already, or it cannot be written.
@@ -53,8 +59,14 @@ def check_out(out: Path, overwrite: bool) -> None:
     is_file = out.suffix == ".safetensors"
     if is_file and out.is_dir():
         raise InputError(f"cannot write {out}: it is a folder; give a file's name")
-    if not overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
+    is_there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if is_there and not overwrite:
         raise InputError(f"{out} is there already; give another --out, or --overwrite")
+    for source in inputs:
+        if is_there and Path(source).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"cannot write {out}: it holds {source}, which is read; give another --out")
+    if is_there and out.is_dir() and not any((out / mark).is_file() for mark in _MARKS):
+        raise InputError(f"cannot overwrite {out}: it is no delta, model or adapter; give another --out")
     check_writable(out.parent if is_file else out)
 
 

@@ -55,7 +55,8 @@ def info(config: InfoConfig) -> None:
         name: {"path": str(path), **deltas.describe(loaded[name]), "on_disk": said_of(path, loaded[name])}
         for name, path in paths.items()
     }
-    shared = deltas.overlap(loaded)
+    bases = {delta.metadata.base_fingerprint for delta in loaded.values()} - {None}
+    shared = deltas.overlap(loaded) if len(bases) <= 1 else []
     if config.picture is not None:
         only = len(loaded) == 1
         deltas.heat_map(next(iter(loaded.values())) if only else loaded, config.picture)
@@ -69,6 +70,8 @@ def info(config: InfoConfig) -> None:
         _show(console, name, one)
     if shared:
         console.print(_overlap(shared))
+    if len(bases) > 1:
+        console.print("They belong to different bases: what they have in common is not counted.", highlight=False)
     if config.picture is not None:
         console.print(f"{config.picture} and {config.picture.with_suffix('.csv')}", markup=False, highlight=False)
 
@@ -80,7 +83,8 @@ def _show(console: Console, name: str, said: Mapping[str, Any]) -> None:
     fingerprint = f"fingerprint {said['base_fingerprint'][:16]}" if said["base_fingerprint"] else None
     lines = {
         "path": said["path"],
-        "entries": f"{said['entries']:,} weights change, in {len(said['tensors'])} tensors",
+        "entries": f"{'up to ' * ('factors' in said['kinds'])}{said['entries']:,} weights change, "
+        f"in {len(said['tensors'])} tensors",
         "on disk": filesize.decimal(on_disk["bytes_on_disk"]) + per_entry,
         "kinds": ", ".join(said["kinds"]),
         "method": said["method"],

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.delta_files import dtype_of
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text, check_writable
 from jaxsparse.common.numbers import finite_or_none
@@ -52,8 +53,8 @@ class EvaluateConfig:
     """How a row becomes a prompt; auto: the tokenizer's chat template where it has one."""
     too_long: Literal["error", "drop"] = "error"
     """What to do with rows whose answer leaves no room for a prompt in max_length."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights; a delta belongs to one dtype."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights; None: that of the delta, which belongs to one, or float32 without a delta."""
     predictions: Path | None = None
     """Write every prediction to this JSON file."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -70,16 +71,19 @@ def main(arguments: Sequence[str]) -> int:
     rows = load_rows(config.data)[: config.rows]
     if config.predictions is not None:
         _check_file(config.predictions)
-    checkpoint = load(config.model, dtype=config.dtype)
+    delta = deltas.load(config.delta) if config.delta is not None else None
+    own = dtype_of(delta) if delta is not None else None
+    if config.dtype and own and config.dtype != own:
+        raise InputError(f"the delta {config.delta} is of {own} weights, not {config.dtype}; leave out --dtype")
+    checkpoint = load(config.model, dtype=config.dtype or own or "float32")
     if checkpoint.tokenizer is None:
         raise InputError(f"model {checkpoint.name} has no tokenizer; add its tokenizer.json to {checkpoint.folder}")
     model = LanguageModel(checkpoint.config)
     options = {name: getattr(config, name) for name in ("max_length", "max_new_tokens", "template", "too_long")}
     held_out = encode_held_out(model, checkpoint.tokenizer, rows, **options)
     params = checkpoint.params
-    if config.delta is not None:
-        delta = deltas.load(config.delta, base_fingerprint=checkpoint.fingerprint)
-        params = deltas.apply(params, delta, donate=True)
+    if delta is not None:
+        params = deltas.apply(params, delta, donate=True, base_fingerprint=checkpoint.fingerprint)
     with progress("measuring", 2 * len(held_out.rows)) as advance:
         measured = measure(
             model, params, checkpoint.tokenizer, held_out, batch=config.batch, advance=lambda units: advance(units, "")

@@ -1,6 +1,7 @@
 """`jaxsparse generate`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
-from jaxsparse.cli.delta_files import named_paths
+from jaxsparse.cli.delta_files import dtype_of, named_paths
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.examples import encode_prompt
@@ -56,8 +58,8 @@ class GenerateConfig:
     template: Literal["auto", "chat", "plain", "none"] = "auto"
     """How a prompt is put to the model. chat: by the tokenizer's chat template; plain: in Alpaca's words; none: as it
     is; auto: chat where there is a template, else plain, as fine-tuning does."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights; a delta belongs to one dtype."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights; None: that of the deltas, each of which belongs to one, or float32 without deltas."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON line for every answer instead of tables."""
 
@@ -70,15 +72,18 @@ class _Request(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments, generates, and prints the answers."""
     config = parse(lambda given: GenerateConfig, "jaxsparse generate", arguments)
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed must lie between 0 and 2**32 - 1, got {config.seed}")
     if config.batch < 1:
         raise InputError(f"batch must be at least 1, got {config.batch}")
     paths = named_paths(config.delta)
     requests = _requests(config, list(paths))
-    checkpoint = load(config.model, dtype=config.dtype)
+    loaded = {name: deltas.load(path) for name, path in paths.items()}
+    checkpoint = load(config.model, dtype=_dtype(config, loaded))
     if checkpoint.tokenizer is None:
         raise InputError(f"model {checkpoint.name} has no tokenizer; add its tokenizer.json to {checkpoint.folder}")
     prompts = [_encode(config, checkpoint, request.prompt) for request in requests]
-    loaded = {name: deltas.load(path, base_fingerprint=checkpoint.fingerprint) for name, path in paths.items()}
+    _check_lengths(config, checkpoint, requests, prompts)
     answers = _answers(config, checkpoint, loaded, requests, prompts)
     _show(requests, answers, as_json=config.json)
     return 0
@@ -90,14 +95,17 @@ def _requests(config: GenerateConfig, names: list[str]) -> list[_Request]:
     if config.requests is None:
         return [_Request(prompt, name) for prompt in config.prompt for name in (None, *names)]
     found = []
-    for number, line in enumerate(config.requests.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(config.requests), start=1):
         if not line.strip():
             continue
         try:
             content = json.loads(line)
             request = _Request(content["prompt"], content.get("delta"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            surplus = content.keys() - {"prompt", "delta"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f'{config.requests}, line {number}: expected {{"prompt": ..., "delta": ...}}') from error
+        if surplus:
+            raise InputError(f"{config.requests}, line {number}: unknown key {min(surplus)!r}")
         if not isinstance(request.prompt, str) or not request.prompt.strip():
             raise InputError(f"{config.requests}, line {number}: prompt must be a text, got {request.prompt!r}")
         if request.delta is not None and request.delta not in names:
@@ -111,12 +119,40 @@ def _requests(config: GenerateConfig, names: list[str]) -> list[_Request]:
     return found
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --requests {file}: {error}") from error
+
+
 def _encode(config: GenerateConfig, checkpoint: Checkpoint, prompt: str) -> list[int]:
     assert checkpoint.tokenizer is not None
     if config.template == "none":
         return checkpoint.tokenizer.encode(prompt)
+    return encode_prompt(Row(prompt, "", "", "-"), checkpoint.tokenizer, config.template, sys.maxsize)
+
+
+def _dtype(config: GenerateConfig, loaded: dict[str, deltas.Delta]) -> str:
+    """The dtype to read the model in: all deltas must be of it."""
+    found: dict[str, str] = {name: dtype for name, delta in loaded.items() if (dtype := dtype_of(delta))}
+    wanted: str = config.dtype or next(iter(found.values()), "float32")
+    for name, dtype in found.items():
+        if dtype != wanted:
+            raise InputError(f"delta {name!r} is of {dtype} weights, not {wanted}; all must be of --dtype")
+    return wanted
+
+
+def _check_lengths(
+    config: GenerateConfig, checkpoint: Checkpoint, requests: Sequence[_Request], prompts: list[list[int]]
+) -> None:
     room = checkpoint.config.max_position_embeddings - config.max_new_tokens
-    return encode_prompt(Row(prompt, "", "", "-"), checkpoint.tokenizer, config.template, max(room, 1))
+    for request, tokens in zip(requests, prompts, strict=True):
+        if len(tokens) > room:
+            raise InputError(
+                f"prompt {request.prompt[:40]!r} has {len(tokens)} tokens, with --max-new-tokens "
+                f"{config.max_new_tokens} more than the model's {checkpoint.config.max_position_embeddings} positions"
+            )
 
 
 def _answers(
@@ -130,7 +166,7 @@ def _answers(
     tokenizer, params = checkpoint.tokenizer, checkpoint.params
     assert tokenizer is not None
     model: Any = LanguageModel(checkpoint.config)
-    stacked = deltas.stack(loaded, base=params) if loaded else None
+    stacked = deltas.stack(loaded, base=params, base_fingerprint=checkpoint.fingerprint) if loaded else None
     size, texts = min(config.batch, len(requests)), []
     with progress("generating", len(requests)) as advance:
         for start in range(0, len(requests), size):
@@ -161,11 +197,6 @@ def _show(requests: Sequence[_Request], answers: Sequence[str], *, as_json: bool
     last = None
     for request, answer in zip(requests, answers, strict=True):
         shown = "" if request.prompt == last else request.prompt
-        table.add_row(*(_plain(text) for text in (shown, request.delta or "(base)", answer.strip())))
+        table.add_row(*(Text(text) for text in (shown, request.delta or "(base)", answer.strip())))
         last = request.prompt
     Console().print(table)
-
-
-def _plain(text: str) -> str:
-    """A text for rich, which takes brackets for markup."""
-    return text.replace("[", r"\[")

@@ -13,6 +13,7 @@ _COMMANDS = {
     "evaluate": "measure loss, perplexity and exact match of a model, with or without a delta",
     "generate": "continue prompts, with any number of deltas side by side in one batch",
     "delta": "describe, make, apply, revert, mix and exchange deltas",
+    "plan": "memory, time at least and delta of fine-tuning on a device that need not be here",
     "methods": "list all methods; with --model, what each of them trains and stores",
     "convert": "convert Hugging Face, GGUF and llama2.c models to a Flax checkpoint, and back to Hugging Face",
     "demo": "all of it on SmolLM2-135M and arithmetic problems, in minutes",
@@ -31,7 +32,7 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input.
+    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input, 130 or 143 after a signal.
 
     Args:
         arguments: the command line without the program's name; None: that of the process.

@@ -296,7 +296,7 @@ class Flips:
         run: int = 1,
     ) -> None:
         if in_host_memory(array):
-            self._flip = _host_scatter(array.shape, array.dtype.name, indices.dtype, run, True, True)
+            self._flip = _host_scatter(array.shape or (1,), array.dtype.name, indices.dtype, run, True, True)
             self._arguments: tuple[Any, ...] = jax.device_put((indices.view(np.uint8), xor.view(np.uint8)))
             return
         indices = expanded(indices, run)

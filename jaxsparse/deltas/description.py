@@ -15,6 +15,8 @@ from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, T
 
 __all__ = ["describe", "layer_counts", "overlap"]
 
+_MOST_DIGITS = 4
+"""Of the number of a layer: no model has more, whatever a file says."""
 _STACKS = frozenset({"layers", "blocks", "h"})
 
 
@@ -38,13 +40,16 @@ def layer_counts(path: str, tensor: TensorDelta) -> dict[int | None, tuple[int, 
         {0: (0, 4), 1: (2, 4), 2: (0, 4)}
     """
     parts = path.split("/")
-    if numbers := [int(part) for part in parts if part.isdecimal()]:
+    if numbers := [int(part) for part in parts if part.isdecimal() and len(part) <= _MOST_DIGITS]:
         return {numbers[0]: (tensor.entries, tensor.size)}
     if not _STACKS & set(parts) or len(tensor.shape) < 2:
         return {None: (tensor.entries, tensor.size)}
     layers, own = tensor.shape[0], math.prod(tensor.shape[1:])
     indices = _indices(tensor)
-    counts = [own] * layers if indices is None else np.bincount(indices // own, minlength=layers).tolist()
+    if isinstance(tensor, FactorDelta) and tensor.view.stack == layers:
+        counts = [own if moved else 0 for moved in tensor.moved_layers]
+    else:
+        counts = [own] * layers if indices is None else np.bincount(indices // own, minlength=layers).tolist()
     return {layer: (count, own) for layer, count in enumerate(counts)}
 
 
@@ -55,8 +60,9 @@ def describe(delta: Delta) -> dict[str, Any]:
         delta: any delta.
 
     Returns:
-        `entries` (weights that change), `stored` (weights, or entries of factors), `bytes` (in host memory), `kinds`,
-        `layers` (all those touched, in order, as `layer_counts` has them), all metadata, and `tensors`: for each path
+        `entries` (weights that change; of factors those that may), `stored` (weights, or entries of factors), `bytes`
+        (in host memory), `kinds`, `layers` (all those touched, in order, as `layer_counts` has them), all metadata, and
+        `tensors`: for each path
         `shape`, `dtype`, `kind`, `entries`, `density` (entries / size), `stored`, `bytes` and `layers`; of slices also
         `axis` and `slices` (how many of each matrix), of factors `rank` and `gain` (whether there is one).
 

@@ -63,8 +63,8 @@ def export_entries(
     for path, tensor in delta.tensors.items():
         if not isinstance(tensor, CoordinateDelta | SliceDelta):
             raise InputError(
-                f"tensor {path} changes by factors, which change all of its weights; export it for PEFT "
-                "(`export_peft`) or merged (`export_merged`)"
+                f"tensor {path} changes by factors, which change all of its weights; export it merged "
+                "(--to hugging_face, `export_merged`), or for PEFT (--to peft, `export_peft`)"
             )
         if path not in parameters:
             raise InputError(f"the model that config describes has no tensor {path}")

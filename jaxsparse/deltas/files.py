@@ -68,7 +68,7 @@ def save(path: str | os.PathLike[str], delta: Delta, *, overwrite: bool = False)
             import orbax.checkpoint as ocp
 
             with ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=False, use_compression=True) as checkpointer:
-                checkpointer.save(folder.absolute() / _ARRAYS, dict(arrays))
+                checkpointer.save(folder.resolve() / _ARRAYS, dict(arrays))
 
 
 def load(path: str | os.PathLike[str], base: PyTree | None = None, *, base_fingerprint: str | None = None) -> Delta:
@@ -129,11 +129,12 @@ def _check_claim(manifest: Manifest, stored: int, compression: str) -> None:
 
 def _open_folder(folder: Path) -> _Opened:
     if not (folder / _MANIFEST).is_file():
-        raise InputError(f"it is not a jaxsparse delta: {_MANIFEST} is missing")
+        inside = f"; {folder / 'delta'} is one" if (folder / "delta" / _MANIFEST).is_file() else ""
+        raise InputError(f"it is not a jaxsparse delta: {_MANIFEST} is missing{inside}")
     manifest = read_manifest((folder / _MANIFEST).read_bytes())
 
     def read_arrays(manifest: Manifest) -> Mapping[str, np.ndarray]:
-        arrays = folder.absolute() / _ARRAYS
+        arrays = folder.resolve() / _ARRAYS
         stored = sum(file.stat().st_size for file in arrays.rglob("*") if file.is_file())
         _check_claim(manifest, stored, "zstd")
         try:

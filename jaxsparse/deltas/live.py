@@ -1,5 +1,6 @@
 """A model on its device with deltas beside it, one of which is applied: switching copies nothing to the host."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +59,9 @@ class Live:
         return replace(self, params=jax.tree.unflatten(structure, tensors.values()), current=name)
 
 
-def live(base: PyTree, deltas: Mapping[str, Delta], *, donate: bool = False) -> Live:
+def live(
+    base: PyTree, deltas: Mapping[str, Delta], *, donate: bool = False, base_fingerprint: str | None = None
+) -> Live:
     """Returns a model to switch between deltas on, with the base applied at first.
 
     The deltas are checked here, once, against the base, and then lie beside the model on its devices: 4 bytes and a
@@ -68,6 +71,7 @@ def live(base: PyTree, deltas: Mapping[str, Delta], *, donate: bool = False) -> 
         base: the base's parameters, any tree of JAX arrays.
         deltas: deltas of coordinates and slices, by name.
         donate: take the base's memory; it must not be used any more. By default it is copied.
+        base_fingerprint: `fingerprint(base)` where it is known; otherwise it is computed from all of the base.
 
     Raises:
         InputError: a delta belongs to another base, or keeps factors, out of which no base comes back.
@@ -82,11 +86,14 @@ def live(base: PyTree, deltas: Mapping[str, Delta], *, donate: bool = False) -> 
     """
     tensors = tensors_by_path(base, "base")
     flips: dict[str, dict[str, Flips]] = {}
-    own = fingerprint(base) if any(delta.metadata.base_fingerprint for delta in deltas.values()) else None
+    needs = any(delta.metadata.base_fingerprint for delta in deltas.values())
+    own = base_fingerprint or (fingerprint(base) if needs else None)
     for name, delta in deltas.items():
         check_base(base, delta, base_fingerprint=own)
         flips[name] = {path: _flips(name, path, tensor, tensors[path]) for path, tensor in delta.tensors.items()}
-    params = base if donate else jax.tree.map(jnp.copy, base)
+    # An array at two paths, a tied weight, cannot be written in place at one of them.
+    uses = Counter(id(leaf) for leaf in tensors.values())
+    params = jax.tree.map(lambda leaf: leaf if donate and uses[id(leaf)] == 1 else jnp.copy(leaf), base)
     return Live(params, None, flips)
 
 

@@ -74,8 +74,8 @@ def mix(
     trained without a thought of each other, and "error" asserts that there are none. `overlap(deltas)` counts them.
 
     A tensor that all deltas keep as slices of one axis stays slices, all of theirs together; factors without a gain,
-    summed, stay factors, side by side; anything else becomes coordinates. Time and memory: the entries, and for tensors
-    with factors some 14 bytes a weight for each delta, one tensor at a time.
+    summed, stay factors, side by side; anything else becomes coordinates. Time and memory: the entries; and for a
+    tensor that one keeps as factors, one at a time, some 40 bytes a weight, and 12 more for each other delta.
 
     Args:
         deltas: by name; or in a row, whose names are then "0", "1", …

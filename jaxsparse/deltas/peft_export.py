@@ -16,13 +16,13 @@ from jaxsparse.deltas.delta import Delta
 from jaxsparse.deltas.difference import tensors_by_path
 from jaxsparse.deltas.patch import check_base
 from jaxsparse.deltas.peft_layout import CONFIG, GAIN, LEFT, PREFIX, RIGHT, WEIGHTS, Linear, LowRank, linears
-from jaxsparse.deltas.slicing import in_slices, whole_slices
+from jaxsparse.deltas.slicing import in_slices, slices_of_axes
 from jaxsparse.deltas.tensors import CoordinateDelta, FactorDelta, SliceDelta, TensorDelta, slice_indices
 from jaxsparse.models.configs import Config, GPT2Config
 
 __all__ = ["export_peft"]
 
-_ELSE = "export it as entries (`export_entries`) or merged (`export_merged`)"
+_ELSE = "export it merged (--to hugging_face, `export_merged`), or without factors as entries (--to entries)"
 
 
 def export_peft(
@@ -129,8 +129,10 @@ def _arrays(linear: Linear, part: LowRank, weight: Any) -> dict[str, np.ndarray]
         arrays[f"{PREFIX}{module}{LEFT}"] = np.ascontiguousarray(a.T)
         arrays[f"{PREFIX}{module}{RIGHT}"] = np.ascontiguousarray(b.T)
         if weight is not None:
-            gain = 1 if part.gain is None else part.gain[layer]
-            arrays[f"{PREFIX}{module}{GAIN}"] = (gain * part.output_norms(linear, weight, layer)).astype(a.dtype)
+            gain, norms = 1 if part.gain is None else part.gain[layer], part.output_norms(linear, weight, layer)
+            if not np.all(norms):
+                raise InputError(f"module {module} has an output of zeros, by whose norm PEFT's DoRA divides; {_ELSE}")
+            arrays[f"{PREFIX}{module}{GAIN}"] = (gain * norms).astype(a.dtype)
     return arrays
 
 
@@ -162,7 +164,8 @@ def _of_slices(linear: Linear, axis: str, slices: np.ndarray, changes: np.ndarra
 def _of_entries(path: str, linear: Linear, tensor: CoordinateDelta, changes: np.ndarray) -> LowRank:
     """The slices in which the entries lie."""
     view = linear.view
-    axis, slices, _ = whole_slices(view, tensor.indices)
+    # The rank counts here, and not how many weights the slices have.
+    axis, slices, _ = min(slices_of_axes(view, tensor.indices), key=lambda one: one[1].shape[1])
     rank = slices.shape[1]
     if rank * (view.in_size + view.out_size) > view.size:
         raise InputError(

@@ -45,8 +45,10 @@ _KNOWN = {
 }
 # Other beginnings take something off the base's weights, to which the adapter then no longer belongs.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
-_LARGEST = 1e9
-_DTYPES = ("F32", "F16", "BF16")
+_LARGEST = 1e30
+# PEFT saves an untied head too, where it adapts it.
+_HEAD, _HEAD_PATH = f"{PREFIX}lm_head.base_layer.weight", "lm_head/kernel"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class _Settings(NamedTuple):
@@ -73,6 +75,7 @@ def import_peft(
     base: PyTree,
     config: Config,
     base_fingerprint: str | None = None,
+    base_name: str | None = None,
 ) -> Delta:
     """Reads a LoRA adapter of PEFT as a delta: adapter_config.json and adapter_model.safetensors.
 
@@ -85,9 +88,10 @@ def import_peft(
         base: the base's parameters.
         config: the model's configuration.
         base_fingerprint: `fingerprint(base)` where it is known.
+        base_name: the base's name, for people; None: as the adapter calls it.
 
     Returns:
-        The delta; its metadata name the base as the adapter does.
+        The delta.
 
     Raises:
         InputError: a file is missing, damaged or not LoRA's; the adapter does what a delta cannot say, such as new
@@ -100,7 +104,7 @@ def import_peft(
     for path, linear in modules.items():
         if path not in tensors or tuple(tensors[path].shape) != linear.view.shape:
             raise InputError(f"base has no tensor {path} of shape {linear.view.shape}, as config says; they must agree")
-    parts = _parts(Path(folder), modules, settings)
+    parts = _parts(Path(folder), modules, settings, tensors.get(_HEAD_PATH))
     found: dict[str, FactorDelta | SliceDelta] = {}
     for path, linear in modules.items():
         own = {layer: parts[module] for layer, module in enumerate(linear.modules) if module in parts}
@@ -109,7 +113,7 @@ def import_peft(
     metadata = Metadata(
         "dora" if settings.has_gain else "lora",
         settings.record,
-        base_name=settings.base_name,
+        base_name=base_name or settings.base_name,
         base_fingerprint=base_fingerprint or fingerprint(base),
     )
     return Delta(found, metadata)
@@ -133,10 +137,8 @@ def _settings(content: Mapping[str, Any]) -> _Settings:
             raise InputError(f"{CONFIG}: {name[:40]} is {str(value)[:40]!r}, which cannot be imported")
     patterns = {name: _pattern(name, content.get(name)) for name in ("rank_pattern", "alpha_pattern")}
     rank, alpha = content.get("r"), content.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not _is_positive(alpha):
-        raise InputError(
-            f"{CONFIG}: r and lora_alpha are {str(rank)[:40]!r} and {str(alpha)[:40]!r}; both must be positive numbers"
-        )
+    if not isinstance(rank, int) or not _is_number(rank) or rank < 1 or not _is_number(alpha):
+        raise InputError(f"{CONFIG}: r and lora_alpha are {str(rank)[:40]!r} and {str(alpha)[:40]!r}, not numbers")
     base_name, rank_stabilised = content.get("base_model_name_or_path"), bool(content.get("use_rslora"))
     record = {"from": "peft", "r": rank, "lora_alpha": alpha, "use_rslora": rank_stabilised}
     return _Settings(
@@ -147,14 +149,15 @@ def _settings(content: Mapping[str, Any]) -> _Settings:
         rank_stabilised,
         bool(content.get("use_dora")),
         record,
-        base_name if isinstance(base_name, str) and base_name else None,
+        base_name if isinstance(base_name, str) and base_name.isprintable() and base_name else None,
     )
 
 
 def _pattern(name: str, value: Any) -> dict[str, int | float]:
     pattern = {} if value is None else value
-    if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
-        raise InputError(f"{CONFIG}: {name} is {str(value)[:40]!r}, not positive numbers by modules")
+    if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+        raise InputError(f"{CONFIG}: {name} is {str(value)[:40]!r}, not numbers by modules")
+    pattern = {str(key).replace("\\.", "."): value for key, value in pattern.items()}
     for key in pattern:
         # PEFT takes keys for regular expressions; names are all that is needed, and no expression can run wild.
         if set(key) & set("*+?()[]{}|\\$"):
@@ -162,12 +165,12 @@ def _pattern(name: str, value: Any) -> dict[str, int | float]:
     return pattern
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < _LARGEST
 
 
 def _parts(
-    folder: Path, modules: Mapping[str, Linear], settings: _Settings
+    folder: Path, modules: Mapping[str, Linear], settings: _Settings, head: Any
 ) -> dict[str, dict[str, Float[np.ndarray, "..."]]]:
     """Returns the arrays of every module, in float32, after all checks of names and shapes."""
     file = folder / WEIGHTS
@@ -178,7 +181,9 @@ def _parts(
     try:
         with safe_open(file, framework="numpy") as held:
             keys = [*held.keys()]
-            shapes = {key: tuple(held.get_slice(key).get_shape()) for key in keys}
+            shapes = {key: tuple(held.get_slice(key).get_shape()) for key in keys if key != _HEAD}
+            if _HEAD in keys and (head is None or not _is_same(held.get_tensor(_HEAD), head)):
+                raise InputError(f"{file}: {_HEAD} is not the base's: the adapter comes with another head")
             dtypes = {key: held.get_slice(key).get_dtype() for key in keys}
             parts = _named(shapes, views)
             _check_shapes(parts, shapes, views, settings)
@@ -195,6 +200,10 @@ def _parts(
         if not all(np.all(np.isfinite(array)) for array in own.values()):
             raise InputError(f"{file}: module {module} has entries that are not finite")
     return found
+
+
+def _is_same(held: np.ndarray, head: Any) -> bool:
+    return held.T.shape == tuple(head.shape) and np.array_equal(held.T.astype(head.dtype), np.asarray(head))
 
 
 def _named(keys: Mapping[str, Any], views: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -175,14 +175,16 @@ def _limits(densities: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(lowest: float, highest: float) -> list[float]:
-    """Returns round numbers on the scale, between three and about ten of them."""
+    """Returns round numbers on the scale, between three and about ten of them, and its ends."""
     powers = range(math.floor(math.log10(lowest)), 1)
     for mantissas in ((1,), (1, 3), (1, 2, 5)):
         ticks = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
         ticks = [tick for tick in ticks if lowest <= tick <= highest * (1 + 1e-9)]
         if len(ticks) >= 4:
             break
-    return ticks
+    # The ends are told too, where no round number is near.
+    ends = [end for end in (lowest, highest) if all(abs(math.log10(end / tick)) > 0.08 for tick in ticks)]
+    return sorted([*ticks, *ends])
 
 
 def _title(name: str | None, delta: Delta) -> str:
@@ -195,7 +197,7 @@ def _title(name: str | None, delta: Delta) -> str:
 
 def _label(panel: Any, rows: Sequence[int | None], names: Sequence[str], title: str) -> None:
     """Names the rows and columns of a panel and draws lines between its cells."""
-    panel.set_title(title, fontsize=10)
+    panel.set_title(title, fontsize=10, parse_math=False)
     panel.set_xlabel("tensor")
     panel.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
     step = 1 if len(rows) <= 40 else 5
@@ -214,7 +216,7 @@ def _add_scale(figure: Any, image: Any, panels: Sequence[Any], lowest: float, hi
 
     scale = figure.colorbar(image, ax=panels, pad=0.02)
     ticks = _ticks(lowest, highest)
-    scale.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
+    scale.set_ticks(ticks, labels=[f"{100 * tick:.2g} %" for tick in ticks])
     scale.minorticks_off()
     scale.set_label("weights that change, in % of the tensor's weights in a layer (log scale)")
     figure.legend(handles=[Patch(color=_NOTHING, label="no weight changes")], loc="outside lower right", fontsize=8)

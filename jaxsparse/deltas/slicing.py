@@ -10,7 +10,7 @@ from jaxsparse.deltas.bits import gather_bits
 from jaxsparse.deltas.tensors import SliceDelta, matrix_places, slice_indices
 from jaxsparse.subspaces.targets import MatrixView
 
-__all__ = ["in_slices", "padded_slices", "slice_delta", "whole_slices"]
+__all__ = ["in_slices", "padded_slices", "slice_delta", "slices_of_axes", "whole_slices"]
 
 
 def padded_slices(touched: Bool[np.ndarray, "stack size"]) -> Int32[np.ndarray, "stack slices"]:
@@ -28,10 +28,29 @@ def padded_slices(touched: Bool[np.ndarray, "stack size"]) -> Int32[np.ndarray, 
     return np.sort(np.argsort(~touched, axis=1, kind="stable")[:, :count], axis=1).astype(np.int32)
 
 
+def slices_of_axes(
+    view: MatrixView, indices: Int[np.ndarray, " entries"]
+) -> list[tuple[str, Int32[np.ndarray, "stack slices"], int]]:
+    """Returns for either axis the slices that hold all of some entries: its name, their numbers, and their weights'.
+
+    Args:
+        view: of the tensor.
+        indices: positions in the flattened tensor; at least one.
+    """
+    layer, *along = matrix_places(view, indices)
+    found = []
+    for axis, own, size in zip(("input", "output"), along, (view.in_size, view.out_size), strict=True):
+        touched = np.zeros((view.stack, size), bool)
+        touched[layer, own] = True
+        slices = padded_slices(touched)
+        found.append((axis, slices, slices.size * (view.size // size)))
+    return found
+
+
 def whole_slices(
     view: MatrixView, indices: Int[np.ndarray, " entries"]
 ) -> tuple[str, Int32[np.ndarray, "stack slices"], int]:
-    """Returns the slices that hold all of some entries, on the axis where these are smaller.
+    """Returns the slices that hold all of some entries, on the axis where these have fewer weights.
 
     Args:
         view: of the tensor.
@@ -45,14 +64,7 @@ def whole_slices(
         >>> whole_slices(matrix_view((3, 4), (), (0,), (1,)), np.array([4, 6]))
         ('input', array([[1]], dtype=int32), 4)
     """
-    layer, *along = matrix_places(view, indices)
-    found = []
-    for axis, own, size in zip(("input", "output"), along, (view.in_size, view.out_size), strict=True):
-        touched = np.zeros((view.stack, size), bool)
-        touched[layer, own] = True
-        slices = padded_slices(touched)
-        found.append((axis, slices, slices.size * (view.size // size)))
-    return min(found, key=lambda one: one[2])
+    return min(slices_of_axes(view, indices), key=lambda one: one[2])
 
 
 def in_slices(

@@ -95,6 +95,7 @@ def stack(
     base: PyTree,
     targets: Targets = None,
     dtype: DTypeLike | None = None,
+    base_fingerprint: str | None = None,
 ) -> Stacked:
     """Puts deltas of one base side by side, for batches of which every row has its own.
 
@@ -108,6 +109,7 @@ def stack(
             `js.Target`s, as a method takes them. By default a tensor of two axes is (in, out), and the first of three
             under `layers`, `blocks` or `h` counts layers.
         dtype: of the changes; None: promote_types(a weight's dtype, float32). Narrower ones take less time to gather.
+        base_fingerprint: `fingerprint(base)` where it is known; otherwise it is computed from all of the base.
 
     Returns:
         The deltas, on the default device.
@@ -128,7 +130,10 @@ def stack(
     if not named:
         raise InputError("there are no deltas to stack; give at least one")
     tensors = tensors_by_path(base, "base")
-    own = fingerprint(base) if any(delta.metadata.base_fingerprint for delta in named.values()) else None
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype must be one of floating-point numbers, got {jnp.dtype(dtype).name}")
+    needs = any(delta.metadata.base_fingerprint for delta in named.values())
+    own = base_fingerprint or (fingerprint(base) if needs else None)
     for name, delta in named.items():
         try:
             check_base(base, delta, base_fingerprint=own)
@@ -246,5 +251,9 @@ def _group(
         whole = np.full((shape[0], len(each), *shape[1:]), fill, np.result_type(*each))
         for number, array in enumerate(each):
             whole[:, number][tuple(map(slice, array.shape))] = array
-        arrays[name] = jnp.asarray(whole, None if name == "index" else dtype)
+        with np.errstate(over="ignore"):
+            narrow = whole if name == "index" or dtype is None else whole.astype(jnp.dtype(dtype))
+        if narrow is not whole and not np.all(np.isfinite(narrow.astype(whole.dtype))):
+            raise InputError(f"a change is too large for dtype {jnp.dtype(dtype).name}; give a wider one")
+        arrays[name] = jnp.asarray(narrow)
     return Group(jnp.tile(place, (view.stack, 1)), arrays)

@@ -15,18 +15,20 @@ from jaxsparse.deltas.patch import Side, apply, check_bits, check_shapes, donata
 __all__ = ["switch"]
 
 
-def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None, donate: bool = True) -> PyTree:
+def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None, donate: bool = False) -> PyTree:
     """Returns another tuned model of the same base: reverts one delta and applies another.
 
-    Of coordinates and slices it reads, checks and writes the entries of both, once, in place: the cost is that of the
-    entries, whatever the model's size. Tensors that either keeps as factors are made anew from the base.
+    Of coordinates and slices it reads, checks and writes the entries of both, once; with `donate` in place, so that the
+    cost is that of the entries, whatever the model's size. Tensors that either keeps as factors are made anew from the
+    base.
 
     Args:
         params: the tuned model's parameters, any tree of arrays.
         off: the delta that made it.
         on: the delta to have instead.
-        base: the base's parameters, needed where `off` keeps factors.
-        donate: give the memory of the changed tensors to the result; `params` must not be used any more.
+        base: the base's parameters, needed where `off` keeps factors; its arrays are never given away.
+        donate: give the memory of the changed tensors to the result; `params` must not be used any more, nor what else
+            holds its arrays: `apply` shares those that do not change with its base, if that is not told here.
 
     Returns:
         A tree of the same structure, shardings and array kinds.
@@ -39,14 +41,14 @@ def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None,
         >>> from jaxsparse.deltas.difference import diff
         >>> base = {"w": jnp.zeros(3)}
         >>> one, other = ({"w": base["w"].at[at].set(1.0)} for at in (0, 2))
-        >>> switch(one, diff(base, one), diff(base, other), donate=False)
+        >>> switch(one, diff(base, one), diff(base, other))
         {'w': Array([0., 0., 1.], dtype=float32)}
     """
     if not (off.exact and on.exact):
         # Writes nothing that `params` holds before all checks of both have passed.
         reverted = revert(params, off, base=base)
-        return apply(reverted, on, donate=donate)
-    tensors = tensors_by_path(params, "the tuned model")
+        return apply(_apart(reverted, base) if donate else reverted, on, donate=donate)
+    tensors = tensors_by_path(_apart(params, base) if donate else params, "the tuned model")
     for delta in (off, on):
         check_shapes(tensors, {path: (t.shape, t.dtype) for path, t in delta.tensors.items()}, "the tuned model")
     writes = {}
@@ -56,6 +58,12 @@ def switch(params: PyTree, off: Delta, on: Delta, *, base: PyTree | None = None,
     for path, (indices, bits) in writes.items():
         tensors[path] = scatter_bits(tensors[path], indices, bits.reshape(-1), bits.shape[1], donate=may_donate(path))
     return jax.tree.unflatten(flatten_with_paths(params)[1], tensors.values())
+
+
+def _apart(params: PyTree, base: PyTree | None) -> PyTree:
+    """Parameters of which none is an array of the base too."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(base)}
+    return jax.tree.map(lambda leaf: leaf.copy() if id(leaf) in kept else leaf, params)
 
 
 class _Write(NamedTuple):

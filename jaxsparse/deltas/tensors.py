@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt
+from jaxtyping import Bool, Float, Int, Int32, UInt
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.subspaces.targets import MatrixView
@@ -281,9 +281,15 @@ class FactorDelta(TensorDelta):
         return self.a.shape[-1]
 
     @property
+    def moved_layers(self) -> Bool[np.ndarray, " stack"]:
+        """Which matrices move at all: not those whose A or B is 0, and that no gain scales."""
+        moved = np.any(self.a, axis=(1, 2)) & np.any(self.b, axis=(1, 2))
+        return moved if self.gain is None else moved | np.any(self.gain != 1, axis=1)
+
+    @property
     def entries(self) -> int:
-        """All weights of the tensor."""
-        return self.size
+        """All weights of the matrices that move: so many change at most."""
+        return int(np.count_nonzero(self.moved_layers)) * self.view.size
 
     @property
     def stored(self) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.deltas.stack import NOBODY, Group, Stacked, TensorStack
 from jaxsparse.engine.interpreter import followed
@@ -81,7 +82,7 @@ def _of_factors(
 ) -> Float[Array, "tokens outputs"]:
     """(x A) B of every row; the factors are gathered once a row, not once a token."""
     x, a, b = _by_rows(values, places, arrays["a"], arrays["b"])
-    return _own(places, _product(_product(x.astype(a.dtype), a), b))
+    return _own(places, _product(_product(x, a), b))
 
 
 def _of_slices(
@@ -89,7 +90,7 @@ def _of_slices(
 ) -> Float[Array, "tokens outputs"]:
     """x[index] V of every row; the slices are gathered once a row, not once a token."""
     x, index, slices = _by_rows(values, places, arrays["index"], arrays["values"])
-    return _own(places, _product(jnp.take_along_axis(x, index[:, None], axis=2).astype(slices.dtype), slices))
+    return _own(places, _product(jnp.take_along_axis(x, index[:, None], axis=2), slices))
 
 
 def _by_rows(values: Array, places: Array, *arrays: Array) -> tuple[Array, ...]:
@@ -101,7 +102,7 @@ def _by_rows(values: Array, places: Array, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _product(left: Array, right: Array) -> Array:
-    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    dtype = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
     return jnp.matmul(left, right, precision="highest", preferred_element_type=dtype)
 
 
@@ -128,8 +129,8 @@ def serve(function: Callable[..., Any]) -> Callable[..., Any]:
         them. It can be jitted.
 
     Raises:
-        UnsupportedUseError: when called: the model uses a changed weight otherwise than in a product with rows, such as
-            an embedding's look-up.
+        InputError: when called: `params` lack a tensor that an adapter changes; or the model uses one otherwise than in
+            a product with rows, such as an embedding's look-up.
 
     Example:
         >>> import jaxsparse as js
@@ -147,13 +148,28 @@ def serve(function: Callable[..., Any]) -> Callable[..., Any]:
     def served(params: Any, stacked: Stacked, adapters: Int[Array | np.ndarray, " rows"], *arguments: Any) -> Any:
         pairs, structure = flatten_with_paths(params)
         rows = jnp.asarray(adapters, jnp.int32)
+        _check_there(dict(pairs), stacked)
         leaves = [
             _wrapped(path, leaf, stacked.tensors[path], rows) if path in stacked.tensors else leaf
             for path, leaf in pairs
         ]
-        return followed(function)(jax.tree.unflatten(structure, leaves), *arguments)
+        try:
+            return followed(function)(jax.tree.unflatten(structure, leaves), *arguments)
+        except UnsupportedUseError as error:
+            raise InputError(
+                f"rows cannot have changes of their own of weight {error.path}, which the model uses in {error.what}: "
+                "apply that delta alone, or leave the weight out of its method's targets"
+            ) from error
 
     return served
+
+
+def _check_there(tensors: dict[str, Any], stacked: Stacked) -> None:
+    for path, tensor in stacked.tensors.items():
+        shape = tensor.view.shape
+        if path not in tensors or tuple(tensors[path].shape) != shape:
+            found = f"of shape {tuple(tensors[path].shape)}" if path in tensors else "not there"
+            raise InputError(f"the adapters change tensor {path} of shape {shape}, which in params is {found}")
 
 
 def _wrapped(path: str, leaf: Array, tensor: TensorStack, adapters: Array) -> SlottedWeight:

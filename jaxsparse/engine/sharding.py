@@ -41,8 +41,8 @@ class Sharding:
     Example:
         >>> mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         >>> sharding = Sharding(mesh, lambda path: PartitionSpec(None, "tensor"), rows=("data",))
-        >>> sharding.of({"kernel": jnp.zeros((2, 3))})["kernel"].spec
-        PartitionSpec(None, 'tensor')
+        >>> tuple(sharding.of({"kernel": jnp.zeros((2, 3))})["kernel"].spec)
+        (None, 'tensor')
     """
 
     mesh: Mesh

@@ -27,6 +27,7 @@ class UnsupportedUseError(NotImplementedError):
     """A weight is used in a way from which its slots' gradients cannot be had."""
 
     def __init__(self, path: str, what: str) -> None:
+        self.path, self.what = path, what
         super().__init__(
             f"the fused engine cannot follow weight {path} through {what}; run the method in the reference engine "
             "(js.ReferenceTuner), leave the weight out of targets, or register a rule for the primitive with "

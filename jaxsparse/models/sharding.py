@@ -55,8 +55,8 @@ def partition_spec(path: str) -> PartitionSpec:
         path: of the parameter.
 
     Example:
-        >>> partition_spec("layers/self_attn/q_proj/kernel")
-        PartitionSpec(None, 'fsdp', 'tensor')
+        >>> tuple(partition_spec("layers/self_attn/q_proj/kernel"))
+        (None, 'fsdp', 'tensor')
     """
     module, _, leaf = path.rpartition("/")
     name = module.rpartition("/")[2]

@@ -107,7 +107,7 @@ def _write_params(folder: Path, leaves: list[tuple[str, Any]]) -> None:
     save_args = jax.tree.map(_save_args, tree)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree, save_args=save_args))
+        checkpointer.save(folder.resolve(), ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
@@ -190,6 +190,6 @@ class StoredSource:
 
 
 def _open_array(folder: Path, path: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
     store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".")}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=context).result()

@@ -1,7 +1,9 @@
 """Compiling for an accelerator that this machine does not have."""
 
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsparse.common.errors import InputError
 
-__all__ = ["DEVICES", "Plan", "compile_for", "use_cpu"]
+__all__ = ["DEVICES", "Plan", "absent_devices", "compile_for", "device_count", "use_cpu"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Gpu:
         level_2_cache: bytes.
         shared_memory: bytes a multiprocessor.
         shared_memory_of_block: bytes a block may ask for.
+        flops: of dense products in bfloat16, a second.
     """
 
     description: str
@@ -42,6 +45,7 @@ class Gpu:
     level_2_cache: int
     shared_memory: int
     shared_memory_of_block: int
+    flops: float
 
     def target_config(self) -> str:
         """Returns the description in XLA's own format, the text of a GpuTargetConfigProto."""
@@ -68,10 +72,34 @@ class Tpu:
     """What XLA's compiler asks about a TPU.
 
     Attributes:
-        topology: the smallest part of a pod that has a name; one chip of it is compiled for.
+        topologies: parts of a pod by their number of chips; of the smallest a single chip can be compiled for.
+        flops: of dense products in bfloat16, a second, of one chip.
+        bandwidth: of its memory, bytes a second.
+        memory: its bytes.
     """
 
-    topology: str
+    topologies: Mapping[int, str]
+    flops: float
+    bandwidth: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor that is here, of whose speed nothing is known.
+
+    Attributes:
+        flops: unknown.
+        bandwidth: unknown.
+    """
+
+    flops: float = math.inf
+    bandwidth: float = math.inf
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the machine's memory."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # The same on every GPU since 2020 (CUDA C++ Programming Guide, "Compute Capabilities").
@@ -88,7 +116,7 @@ _OF_CUDA = {
     "registers_per_block_limit": 2**16,
 }
 
-DEVICES: dict[str, Gpu | Tpu] = {
+DEVICES: dict[str, Gpu | Tpu | Cpu] = {
     # NVIDIA H100 Tensor Core GPU architecture, SXM5 with 80 GB of HBM3.
     "h100": Gpu(
         description="NVIDIA H100 80GB HBM3",
@@ -100,11 +128,56 @@ DEVICES: dict[str, Gpu | Tpu] = {
         level_2_cache=50 * 2**20,
         shared_memory=228 * 1024,
         shared_memory_of_block=227 * 1024,
+        flops=989e12,
     ),
-    "v5e": Tpu("v5e:2x2"),
-    "v5p": Tpu("v5p:2x2x1"),
+    # Google Cloud, "TPU v5e" and "TPU v5p": system architecture.
+    "v5e": Tpu(
+        {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+        flops=197e12,
+        bandwidth=819_000_000_000,
+        memory=16 * 2**30,
+    ),
+    "v5p": Tpu(
+        {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+        flops=459e12,
+        bandwidth=2_765_000_000_000,
+        memory=95 * 2**30,
+    ),
+    "cpu": Cpu(),
 }
 """Devices that can be compiled for, by name."""
+
+_OF_HOST = 8
+"""GPUs of one host."""
+
+
+def device_count(device: str) -> tuple[str, int]:
+    """Returns a device's name and how many there are of it.
+
+    Args:
+        device: such as "h100", "h100x8" or "v5e-16": chips, of TPUs.
+
+    Raises:
+        InputError: it is unknown, or not to be had in that number.
+
+    Example:
+        >>> device_count("v5e-16")
+        ('v5e', 16)
+    """
+    found = re.fullmatch(rf"({'|'.join(DEVICES)})(?:[x-](\d{{1,6}}))?", device)
+    name, count = (found[1], int(found[2] or 1)) if found else (device, 1)
+    if name not in DEVICES:
+        raise InputError(f"device {device!r} is unknown; known: {', '.join(DEVICES)}, or several as h100x8, v5e-16")
+    described = DEVICES[name]
+    if isinstance(described, Cpu) and count > 1:
+        raise InputError(f"device {device!r}: there is one CPU")
+    if isinstance(described, Tpu) and count != 1 and count not in described.topologies:
+        raise InputError(
+            f"device {device!r}: {name} is to be had with {', '.join(map(str, described.topologies))} chips"
+        )
+    if isinstance(described, Gpu) and not (1 <= count <= _OF_HOST or (count and count % _OF_HOST == 0)):
+        raise InputError(f"device {device!r}: GPUs come singly up to {_OF_HOST}, then in multiples of {_OF_HOST}")
+    return name, count
 
 
 @dataclass(frozen=True)
@@ -143,15 +216,17 @@ def compile_for(
     *,
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> Plan:
     """Compiles a function for a device that is not here.
 
     Args:
         device: a name in `DEVICES`.
         function: what to compile.
-        arguments: its arguments; arrays, or their shapes.
+        arguments: its arguments; arrays, or their shapes, which may have shardings over a mesh of `absent_devices`.
         donate: numbers of the arguments whose memory the function may take.
         options: of XLA's compiler, as `jax.stages.Lowered.compile` takes them.
+        mesh: the mesh of those shardings; None: the arguments lie on one device.
 
     Returns:
         The plan.
@@ -159,28 +234,40 @@ def compile_for(
     Raises:
         InputError: the device is unknown, or the compiler for it is not installed.
     """
-    mesh = Mesh(np.array(_topology(device).devices[:1]), ("device",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def there(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-
-    shapes = jax.tree.map(there, jax.eval_shape(lambda *leaves: leaves, *arguments))
+    shapes: Any = tuple(arguments)
+    if mesh is None:
+        mesh = Mesh(np.array(absent_devices(device)[:1]), ("device",))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(lambda *leaves: leaves, *arguments),
+        )
     with jax.set_mesh(mesh):
         return Plan(jax.jit(function, donate_argnums=donate).lower(*shapes).compile(dict(options or {})))
 
 
-def _topology(device: str) -> Any:
-    if device not in DEVICES:
-        raise InputError(f"device {device!r} is unknown; known: {', '.join(DEVICES)}")
-    described = DEVICES[device]
-    return _gpus(device, described) if isinstance(described, Gpu) else _tpus(device, described)
+def absent_devices(device: str) -> list[Any]:
+    """Returns devices that are not here, for a mesh to compile for.
+
+    Args:
+        device: as `device_count` takes it.
+
+    Raises:
+        InputError: the device is unknown, or the compiler for it is not installed.
+    """
+    name, count = device_count(device)
+    described = DEVICES[name]
+    if isinstance(described, Cpu):
+        return jax.devices("cpu")[:1]
+    topology = _gpus(name, described, count) if isinstance(described, Gpu) else _tpus(name, described, count)
+    return list(topology.devices[:count])
 
 
-def _gpus(device: str, gpu: Gpu) -> Any:
+def _gpus(device: str, gpu: Gpu, count: int) -> Any:
+    shape = f"1x{-(-count // _OF_HOST)}x{min(count, _OF_HOST)}"
     try:
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=gpu.target_config()
+            platform="cuda", topology_name=shape, topology=shape, target_config=gpu.target_config()
         )
     except NotImplementedError as error:
         version = jax.__version__
@@ -190,7 +277,7 @@ def _gpus(device: str, gpu: Gpu) -> Any:
         ) from error
 
 
-def _tpus(device: str, tpu: Tpu) -> Any:
+def _tpus(device: str, tpu: Tpu, count: int) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         wheels = [
             line.partition(";")[0].strip() for line in metadata.requires("jax") or () if line.startswith("libtpu")
@@ -202,7 +289,8 @@ def _tpus(device: str, tpu: Tpu) -> Any:
     # It would ask the network which machine this is. The type of accelerator serves for any topology.
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology)
+    shape = tpu.topologies[max(count, min(tpu.topologies))]
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:{shape}")
 
 
 _TPU_ENVIRONMENT = {

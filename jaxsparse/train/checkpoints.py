@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, *, keep: int) -> Pa
         deltas.save(temporary / "delta", checkpoint.delta)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((temporary / "state").absolute(), _named_leaves(checkpoint.method_state))
+                checkpointer.save((temporary / "state").resolve(), _named_leaves(checkpoint.method_state))
         except Exception as error:  # Orbax and TensorStore report a full disk by whatever it made them trip over
             raise InputError(f"cannot write checkpoint {target}: {_first_line(error)}") from error
         run = {"step": checkpoint.step, "data": checkpoint.data_state, "totals": checkpoint.totals}
@@ -139,7 +139,7 @@ def _restore(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheck
     wanted = _named_leaves(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), method_state))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore((folder / "state").absolute(), wanted)
+            restored = checkpointer.restore((folder / "state").resolve(), wanted)
     except Exception as error:  # Orbax and TensorStore raise whatever the damaged part happens to trip over
         raise InputError(f"{folder / 'state'} is damaged or of another run: {_first_line(error)}") from error
     # Orbax's arrays are committed to a device, for which a step would compile anew; these are as `init` makes them.

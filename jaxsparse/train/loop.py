@@ -11,16 +11,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import deltas
+from jaxsparse.common.errors import Stopped
 from jaxsparse.common.hosts import agreed, gathered, is_first, placed, to_host, wait_for_all
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.fused import FusedTuner
 from jaxsparse.engine.sharding import Sharding
 from jaxsparse.engine.tuner import StepMetrics, Tuner, TunerState
-from jaxsparse.train.checkpoints import RunCheckpoint, remove_unfinished, restore_newest, save_checkpoint
+from jaxsparse.train.checkpoints import remove_unfinished, restore_newest
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.metrics import MetricsWriter, NoMetrics
 from jaxsparse.train.reporter import Reporter, Totals
+from jaxsparse.train.saver import Saver
+from jaxsparse.train.stopping import StopRequests
 
 __all__ = ["train"]
 
@@ -56,6 +59,7 @@ def train(
 
     Raises:
         InputError: a checkpoint cannot be written, or none can be used.
+        Stopped: SIGTERM or SIGINT came; the step that was running is done, and a checkpoint saved.
     """
     folder = run.out / "checkpoints"
     if is_first():
@@ -86,6 +90,8 @@ def train(
 
     last_save = time.monotonic()
     with (
+        StopRequests(of_all=jax.process_count() > 1) as requests,
+        Saver(folder, base, base_fingerprint, keep=run.keep_checkpoints) as saver,
         MetricsWriter(run.out, start, tensorboard=run.tensorboard) if is_first() else NoMetrics() as writer,
         progress("training", steps, done=start) as advance,
     ):
@@ -93,15 +99,17 @@ def train(
         for step in range(start + 1, steps + 1):
             batch = next(data)
             reporter.step(step, batch, partial(take, batch))
-            if step < steps and _due(run, step, last_save):
+            stop = requests.at(step)
+            if step < steps and (stop or _due(run, step, last_save)):
                 reporter.flush()
                 moved, method = gathered((dict(_at(state.params, moving)), state.method))
                 if is_first():
-                    delta = deltas.diff(base, moved, base_fingerprint=base_fingerprint, step=step)
-                    checkpoint = RunCheckpoint(step, delta, method, data.get_state(), vars(totals).copy())
-                    save_checkpoint(folder, checkpoint, keep=run.keep_checkpoints)
+                    saver.save(step, moved, method, data.get_state(), vars(totals))
                 last_save = time.monotonic()
                 reporter.restart()
+            if step < steps and stop:
+                saver.wait()
+                raise Stopped(stop, step)
         reporter.flush()
     return state, totals
 

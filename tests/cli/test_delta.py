@@ -156,7 +156,7 @@ def test_an_adapter_goes_out_for_peft_and_comes_back(
     said = says(["import", *arguments], capsys)
     again = deltas.load(tmp_path / "again", base=base.params)
     assert (said["kinds"], said["entries"]) == (["factors", "slices"], again.entries)
-    assert again.metadata.base_name == "someone/tiny"
+    assert again.metadata.base_name == "tiny"
     for ours, other in zip(*(jax.tree.leaves(deltas.apply(base.params, d)) for d in (again, delta)), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-6)
 
@@ -326,3 +326,39 @@ def test_overwriting_is_asked_for(
     arguments = ["apply", "--model", tiny_model, "--delta", tmp_path / "delta", "--out", tuned]
     says([*arguments, "--overwrite"], capsys)
     assert_same_bits(load(tuned).params, params)
+
+
+def test_paths_may_go_up_and_be_here(
+    pair: tuple[Any, Any, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, params, _ = pair
+    deltas.save(tmp_path / "v1.5" / "delta", deltas.diff(base.params, params))
+    deltas.save(tmp_path / "v1.6" / "delta", deltas.diff(base.params, params))
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    assert list(says(["info", "../v1.5/delta", "../v1.6/delta"], capsys)["deltas"]) == ["v1.5", "v1.6"]
+    says(["apply", "--model", tiny_model, "--delta", "../v1.5/delta", "--out", "../there"], capsys)
+    assert_same_bits(load("../there").params, params)
+    monkeypatch.chdir(tmp_path / "v1.5" / "delta")
+    assert list(says(["info", "."], capsys)["deltas"]) == ["v1.5"]
+    assert f"{tmp_path / 'v1.5' / 'delta'} is one" in fails(["delta", "info", str(tmp_path / "v1.5")], capsys)
+
+
+def test_overwriting_spares_what_is_no_delta_and_what_is_read(
+    pair: tuple[Any, Any, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, params, _ = pair
+    deltas.save(tmp_path / "run" / "delta", deltas.diff(base.params, params))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("hi")
+    flags = ["delta", "mix", "--model", str(tiny_model), "--delta", str(tmp_path / "run" / "delta"), "--overwrite"]
+    for out, message in (("mine", "it is no delta, model or adapter"), ("run", "it holds"), ("run/delta", "it holds")):
+        assert message in fails([*flags, "--out", str(tmp_path / out)], capsys)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "hi"
+    assert deltas.load(tmp_path / "run" / "delta").entries
+    says([*flags[1:-1], "--out", tmp_path / "mixed"], capsys)
+    says([*flags[1:], "--out", tmp_path / "mixed"], capsys)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxsparse import deltas
 from jaxsparse.cli.main import main
 from jaxsparse.data.examples import encode_prompt
 from jaxsparse.data.rows import Row
@@ -103,3 +104,37 @@ def test_a_delta_of_another_model_is_refused(tiny_model, tuned, tmp_path, capsys
     save(tmp_path / "delta", adapter(np.random.default_rng(), "coordinates", other)[0])
     message = fails(command(tiny_model, {"a": tmp_path / "delta"}, "--prompt", "1?"), capsys)
     assert "belongs to another base" in message
+
+
+def test_prompts_that_do_not_fit_and_odd_requests_are_errors(tiny_model, tmp_path, capsys):
+    flags = ["generate", "--model", str(tiny_model)]
+    assert "more than the model's 256 positions" in fails(
+        [*flags, "--prompt", "2 + 2 = " * 40, "--max-new-tokens", "200"], capsys
+    )
+    assert "seed must lie between" in fails([*flags, "--prompt", "a", "--seed", str(2**70)], capsys)
+    for content, message in (
+        (b'{"prompt": "a", "Delta": null}', "unknown key 'Delta'"),
+        (b"\xff\xfe", "cannot read --requests"),
+        (b"[" * 100_000, "line 1: expected"),
+    ):
+        (tmp_path / "requests.jsonl").write_bytes(content)
+        assert message in fails([*flags, "--requests", str(tmp_path / "requests.jsonl")], capsys)
+    assert "cannot read --requests" in fails([*flags, "--requests", str(tmp_path / "none")], capsys)
+
+
+def test_a_line_may_hold_any_separator_and_an_answer_any_bracket(tiny_model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "2 +\u2028 2"}\n', encoding="utf-8")
+    monkeypatch.setattr("jaxsparse.cli.generate._answers", lambda *given: [r"so \[x^2\] and [/INST] x"])
+    assert main(["generate", "--model", str(tiny_model), "--requests", str(tmp_path / "requests.jsonl")]) == 0
+    assert r"\[x^2\] and [/INST] x" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_delta_of_another_dtype_says_so(tiny_model, tmp_path, capsys):
+    checkpoint = load(tiny_model, dtype="bfloat16")
+    tuned = jax.tree.map(lambda leaf: leaf, checkpoint.params)
+    tuned["layers"]["mlp"]["up_proj"]["kernel"] = tuned["layers"]["mlp"]["up_proj"]["kernel"].at[0, 0, 0].add(1)
+    deltas.save(tmp_path / "delta", deltas.diff(checkpoint.params, tuned))
+    flags = ["generate", "--model", str(tiny_model), "--delta", f"a={tmp_path}/delta", "--prompt", "2", "--json"]
+    assert main([*flags, "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert "delta 'a' is of bfloat16 weights, not float32" in fails([*flags, "--dtype", "float32"], capsys)

@@ -16,6 +16,7 @@ import safetensors.numpy
 from jaxsparse import deltas
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.deltas.merge import factor_delta
 from jaxsparse.deltas.peft_layout import CONFIG, WEIGHTS
 from jaxsparse.models import checkpoints
 from jaxsparse.models.functional import LanguageModel
@@ -39,6 +40,7 @@ VOCABULARY = LLAMA.vocab_size
 CONFIGS = {"grouped": LLAMA, "biases": dataclasses.replace(LLAMA, attention_bias=True, mlp_bias=True)}
 CONFIGS["gpt2"] = GPT2
 CONFIGS["gpt2_untied"] = dataclasses.replace(GPT2, tie_word_embeddings=False)
+UP = "layers/mlp/up_proj/kernel"
 LOW_RANK = ("input slices", "output slices", "factors", "gain", "several of low rank")
 
 
@@ -248,7 +250,7 @@ WRONG_SETTINGS = [
     ({"r": "8"}, "r and lora_alpha"),
     ({"r": 0}, "r and lora_alpha"),
     ({"lora_alpha": float("nan")}, "r and lora_alpha"),
-    ({"lora_alpha": 0}, "both must be positive numbers"),
+    ({"lora_alpha": 0}, "r and lora_alpha"),
     ({"lora_alpha": 10**400}, "r and lora_alpha"),
     ({"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern has the key '\(a\+\)\+\$'"),
     ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern is"),
@@ -263,6 +265,50 @@ def test_settings_that_cannot_be_imported(settings: Any, message: str, plain: An
     params, folder = plain
     with pytest.raises(InputError, match=message):
         deltas.import_peft(copied(folder, tmp_path / "x", settings), base=params, config=LLAMA)
+
+
+def test_what_peft_writes_of_keys_and_signs_comes_in(plain: Any, tmp_path: Path) -> None:
+    params, folder = plain
+    content = json.loads((folder / CONFIG).read_text())
+    end = content["target_modules"][0]
+    settings = {
+        name: {"alpha_pattern": {key: -4}} for name, key in (("a", f"1.{end}"), ("b", f"1.{end}".replace(".", r"\.")))
+    }
+    one, other = (
+        deltas.import_peft(copied(folder, tmp_path / name, own), base=params, config=LLAMA)
+        for name, own in settings.items()
+    )
+    assert_same_bits(deltas.apply(params, one), deltas.apply(params, other))
+    plainly = deltas.import_peft(folder, base=params, config=LLAMA)
+    negative = copied(folder, tmp_path / "c", {"lora_alpha": -content["lora_alpha"]})
+    assert all(
+        tensor.scale == -plainly.tensors[path].scale or content["alpha_pattern"]
+        for path, tensor in deltas.import_peft(negative, base=params, config=LLAMA).tensors.items()
+    )
+
+
+def test_an_adapted_head_that_peft_saves_along_is_compared(base: Any, rng: Any, tmp_path: Path) -> None:
+    if base.config.tie_word_embeddings:
+        pytest.skip("there is no head")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    adapted = peft.get_peft_model(theirs(base.folder), settings).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells that it saves the head too
+        adapted.save_pretrained(tmp_path / "adapter")
+    tokens = some_tokens(rng)
+    delta = deltas.import_peft(tmp_path / "adapter", base=base.params, config=base.config)
+    found = our_logits(base, deltas.apply(base.params, delta), tokens)
+    np.testing.assert_allclose(found, their_logits(adapted, tokens), rtol=1e-4, atol=1e-4)
+    held = safetensors.numpy.load_file(tmp_path / "adapter" / WEIGHTS)
+    key = "base_model.model.lm_head.base_layer.weight"
+    assert key in held
+    safetensors.numpy.save_file(held | {key: held[key] + 1}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(InputError, match="the adapter comes with another head"):
+        deltas.import_peft(tmp_path / "adapter", base=base.params, config=base.config)
 
 
 def first(arrays: dict[str, np.ndarray]) -> str:
@@ -324,6 +370,14 @@ def test_deltas_that_cannot_be_exported(plain: Any, rng: Any, tmp_path: Path) ->
     for how in (deltas.export_peft, deltas.export_entries):
         with pytest.raises(InputError, match=r"another base|applied already"):
             how(tmp_path / "x", scattered, base=tuned, config=LLAMA)
+    dead = jax.tree.map(lambda leaf: leaf, params)
+    dead["layers"]["mlp"]["up_proj"]["kernel"] = params["layers"]["mlp"]["up_proj"]["kernel"].at[:, :, 3].set(0)
+    leaf, view = dead["layers"]["mlp"]["up_proj"]["kernel"], kernels(params)[UP]
+    factors = with_factors(rng, leaf, view, gain=True)
+    still = np.where(np.arange(view.out_size) == 3, 0, factors.b).astype(np.float32)
+    dora = deltas.diff(dead, dead, factors={UP: factor_delta(leaf, view, factors.a, still, 0.5, factors.gain)})
+    with pytest.raises(InputError, match="has an output of zeros, by whose norm PEFT's DoRA divides"):
+        deltas.export_peft(tmp_path / "x", dora, base=dead, config=LLAMA)
     (tmp_path / "there").write_text("mine")
     with pytest.raises(InputError, match="is there already"):
         deltas.export_entries(tmp_path / "there", scattered, **given)

@@ -48,7 +48,7 @@ def test_switching_writes_in_place(rng):
     params = on_device(tuned[0])
     places = {name: leaf.unsafe_buffer_pointer() for name, leaf in params.items()}
     for on in (1, 2, 0):
-        params = switch(params, deltas[(on - 1) % 3], deltas[on])
+        params = switch(params, deltas[(on - 1) % 3], deltas[on], donate=True)
         assert {name: leaf.unsafe_buffer_pointer() for name, leaf in params.items()} == places
 
 
@@ -125,4 +125,32 @@ def test_a_live_model_refuses_what_it_cannot_take(rng):
 def test_a_switch_is_a_revert_and_an_apply(rng):
     _, tuned, deltas = tuned_models(rng)
     expected = apply(revert(on_device(tuned[2]), deltas[2]), deltas[0])
-    assert_same_bits(switch(on_device(tuned[2]), deltas[2], deltas[0]), expected)
+    assert_same_bits(switch(on_device(tuned[2]), deltas[2], deltas[0], donate=True), expected)
+
+
+def test_donating_spares_the_base(rng):
+    base = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    one = diff(base, {**base, "a": jnp.ones(3)})
+    two = diff(base, {**base, "b": jnp.full(3, 7.0)})
+    for kind in (jnp.asarray, np.asarray):
+        own = jax.tree.map(kind, base)
+        there = switch(apply(own, one), one, two, base=own, donate=True)
+        np.testing.assert_array_equal(there["b"], np.full(3, 7.0))
+        np.testing.assert_array_equal(own["b"], np.zeros(3))
+    view = matrix_view((4, 3), (), (0,), (1,))
+    base = {name: jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for name in "wz"}
+    pair = [diff(base, base, factors={name: with_factors(rng, base[name], view)}) for name in "wz"]
+    params = apply(base, pair[0])
+    for off in (0, 1, 0):
+        params = switch(params, pair[off], pair[1 - off], base=base, donate=True)
+    assert_same_bits(params, apply(base, pair[1]))
+
+
+def test_live_takes_tied_weights_and_scalars():
+    shared = jnp.zeros(4)
+    base = {"a": shared, "b": shared, "s": jnp.float32(1)}
+    tuned = {"a": jnp.ones(4), "b": jnp.full(4, 2.0), "s": jnp.float32(3)}
+    delta = diff(base, tuned)
+    model = live(base, {"x": delta}, donate=True).switch("x")
+    assert_same_bits(model.params, tuned)
+    np.testing.assert_array_equal(model.switch(None).params["s"], 1.0)

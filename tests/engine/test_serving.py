@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import jaxsparse as js
 from jaxsparse.common.errors import InputError
 from jaxsparse.deltas import apply, diff, stack
-from jaxsparse.engine.slotted import UnsupportedUseError
 from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.models.generate import generate
@@ -147,11 +146,11 @@ def test_what_is_not_a_product_of_rows_is_refused(rng):
     base = {"w": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32)}
     stacked = stack([diff(base, {"w": base["w"].at[0, 0].add(1.0)})], base=base)
     numbers, x = stacked.numbers([0, None, 0]), jnp.ones((4, 3, 5))
-    with pytest.raises(UnsupportedUseError, match=r"leading axes \(4, 3\) are not the 3 rows"):
+    with pytest.raises(InputError, match=r"leading axes \(4, 3\) are not the 3 rows"):
         js.serve(lambda params, x: x @ params["w"])(base, stacked, numbers, x)
-    with pytest.raises(UnsupportedUseError, match="transposed weight while rows have adapters"):
+    with pytest.raises(InputError, match="transposed weight while rows have adapters"):
         js.serve(lambda params, x: x @ params["w"].T)(base, stacked, numbers, x[:3])
-    with pytest.raises(UnsupportedUseError, match="cannot follow weight w"):
+    with pytest.raises(InputError, match="rows cannot have changes of their own of weight w"):
         js.serve(lambda params, x: params["w"][x])(base, stacked, numbers, jnp.array([0, 1, 2]))
     with pytest.raises(InputError, match="there is no adapter 'b'; there are '0', or None"):
         stacked.numbers(["b"])
@@ -170,3 +169,30 @@ def test_changing_who_has_which_adapter_compiles_nothing(rng):
     for rows in ([0, 1], [None, 2], [2, 2]):
         served(base, stacked, stacked.numbers(rows), jnp.ones((2, 5)))
     assert len(traced) == 1
+
+
+def test_parameters_without_what_adapters_change_are_an_error():
+    base = {"kernel": jnp.zeros((2, 2))}
+    stacked = stack([diff(base, {"kernel": jnp.ones((2, 2))})], base=base)
+    rows = stacked.numbers([0, None])
+    with pytest.raises(InputError, match=r"tensor kernel of shape \(2, 2\), which in params is not there"):
+        js.serve(lambda p, x: x @ p["params"]["kernel"])({"params": base}, stacked, rows, jnp.ones((2, 2)))
+    with pytest.raises(InputError, match=r"in params is of shape \(3, 2\)"):
+        js.serve(lambda p, x: x @ p["kernel"])({"kernel": jnp.ones((3, 2))}, stacked, rows, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_narrow_changes_leave_activations_wide(axis):
+    base = {"kernel": jnp.zeros((3, 3))}
+    tuned = {"kernel": base["kernel"].at[(0, ...) if axis == "input" else (..., 0)].set(0.5)}
+    delta = diff(base, tuned, slices={"kernel": matrix_view((3, 3), (), (0,), (1,))})
+    assert delta.tensors["kernel"].axis == axis
+    stacked = stack([delta], base=base, dtype=jnp.float16)
+    x = jnp.array([[1e5, 0.0, 0.0]])
+    served = js.serve(lambda p, x: x @ p["kernel"])(base, stacked, stacked.numbers([0]), x)
+    np.testing.assert_allclose(served, x @ tuned["kernel"])
+    with pytest.raises(InputError, match="dtype must be one of floating-point numbers, got int32"):
+        stack([delta], base=base, dtype=jnp.int32)
+    large = diff(base, {"kernel": tuned["kernel"] * 2e5})
+    with pytest.raises(InputError, match="a change is too large for dtype float16"):
+        stack([large], base=base, dtype=jnp.float16)

@@ -26,7 +26,7 @@ def test_peak_memory_counts_donated_arguments_once() -> None:
 
 
 def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(InputError, match="'h1000' is unknown; known: h100, v5e, v5p"):
+    with pytest.raises(InputError, match="'h1000' is unknown; known: h100, v5e, v5p, cpu, or several as h100x8"):
         compile_for("h1000", jnp.sin, [SHAPE])
 
 

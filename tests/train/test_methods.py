@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tiny import make_tiny_model
 from jaxsparse.cli.main import main
 from jaxsparse.methods.overview import overview
 from jaxsparse.methods.registry import METHODS
-from tests.conftest import make_tiny_model
 
 OPTIONS = {
     **dict.fromkeys(("gasdu", "fixed_mask", "sift", "gallop"), ("--density", "0.02")),
