@@ -6,12 +6,22 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-__all__ = ["agreed", "gathered", "is_first", "placed", "to_host", "wait_for_all"]
+__all__ = ["agreed", "alone", "gathered", "is_first", "placed", "to_host", "wait_for_all"]
 
 
 def is_first() -> bool:
     """Whether this process writes files and reports: the first of those that work together."""
     return jax.process_index() == 0
+
+
+def alone() -> Any:
+    """Returns what tells Orbax that this process reads or writes by itself, and is not to wait for others."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_folder, atomic_write_bytes, check_writable
+from jaxsparse.common.hosts import alone
 from jaxsparse.deltas.coding import decode, encode
 from jaxsparse.deltas.delta import Delta
 from jaxsparse.deltas.difference import tensors_by_path
@@ -67,7 +68,9 @@ def save(path: str | os.PathLike[str], delta: Delta, *, overwrite: bool = False)
             # Imported late: tuners make deltas, and who trains need not wait for Orbax before.
             import orbax.checkpoint as ocp
 
-            with ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=False, use_compression=True) as checkpointer:
+            options = {"use_ocdbt": True, "use_zarr3": False, "use_compression": True}
+            handler = ocp.PyTreeCheckpointHandler(**options, multiprocessing_options=alone())
+            with ocp.Checkpointer(handler, multiprocessing_options=alone()) as checkpointer:
                 checkpointer.save(folder.resolve() / _ARRAYS, dict(arrays))
 
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jaxsparse import deltas
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_folder
+from jaxsparse.common.hosts import alone
 
 __all__ = ["RunCheckpoint", "remove_unfinished", "restore_newest", "save_checkpoint"]
 
@@ -70,7 +71,7 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, *, keep: int) -> Pa
     with atomic_folder(target, overwrite=True) as temporary:
         deltas.save(temporary / "delta", checkpoint.delta)
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
                 checkpointer.save((temporary / "state").resolve(), _named_leaves(checkpoint.method_state))
         except Exception as error:  # Orbax and TensorStore report a full disk by whatever it made them trip over
             raise InputError(f"cannot write checkpoint {target}: {_first_line(error)}") from error
@@ -138,7 +139,7 @@ def _restore(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheck
     delta = deltas.load(folder / "delta", base_fingerprint=base_fingerprint)
     wanted = _named_leaves(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), method_state))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             restored = checkpointer.restore((folder / "state").resolve(), wanted)
     except Exception as error:  # Orbax and TensorStore raise whatever the damaged part happens to trip over
         raise InputError(f"{folder / 'state'} is damaged or of another run: {_first_line(error)}") from error
