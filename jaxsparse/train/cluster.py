@@ -14,6 +14,14 @@ from jaxsparse.train.config import ClusterConfig
 __all__ = ["join", "watched"]
 
 
+LOST = 3
+"""The exit status where another process was lost."""
+_LOST = (
+    "jaxsparse: another process of this run is lost, and the others cannot go on without it; start all of them again "
+    "with --resume"
+)
+
+
 def join(config: ClusterConfig) -> None:
     """Makes this process one of several, if the configuration says so; before anything else asks JAX for devices.
 
@@ -56,13 +64,17 @@ def watched(work: Callable[[], int]) -> int:
         work: what to run; returns an exit status.
 
     Returns:
-        The exit status: 3 where another process was lost.
+        The exit status; `LOST` where another process was lost.
     """
     child = os.fork()
     if child == 0:
         status = 1
         try:
             status = work()
+        except jax.errors.JaxRuntimeError as error:
+            # What a program says whose messages to the others fail; or it is ended by JAX, see below.
+            print(f"{str(error).partition(chr(10))[0]}\n{_LOST}", file=sys.stderr)
+            status = LOST
         except Exception:  # nobody above would print it
             traceback.print_exc()
         finally:
@@ -75,10 +87,6 @@ def watched(work: Callable[[], int]) -> int:
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     if os.WTERMSIG(status) == signal.SIGABRT:
-        print(
-            "jaxsparse: another process of this run is lost, and the others cannot go on without it; start all of them "
-            "again with --resume",
-            file=sys.stderr,
-        )
-        return 3
+        print(_LOST, file=sys.stderr)
+        return LOST
     return 128 + os.WTERMSIG(status)
