@@ -166,16 +166,22 @@ class FusedTuner(OwnDelta):
         targets, method = self.description.resolve(state.params), state.method
         places = MatrixPlaces(targets, jax.tree.structure(method.support, is_leaf=is_masked))
         everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
+        parts = self._divided(targets)
+        of_supports = places.spread([everywhere if part is None else part.sharding_of_slots() for part in parts])
         of_slots = places.spread(
             [
-                everywhere if part is None else NamedSharding(part.mesh, part.of_slots())
-                for part in self._divided(targets)
+                everywhere
+                if part is None
+                else part.sharding_of_whole()
+                if isinstance(target.subspace, Everything)
+                else part.sharding_of_slots()
+                for target, part in zip(targets, parts, strict=True)
             ]
         )
         mirrored = {}
         for name in ("support", "slots", "master"):
-            tree = getattr(method, name)
-            mirrored[name] = jax.tree.map(put, tree, of_slots) if jax.tree.leaves(tree) else tree
+            tree, where = getattr(method, name), of_supports if name == "support" else of_slots
+            mirrored[name] = jax.tree.map(put, tree, where) if jax.tree.leaves(tree) else tree
         inner = optax.tree_utils.tree_map_params(
             self.description.inner,
             put,

@@ -190,6 +190,14 @@ class Divided:
         """Returns how arrays (stack, slots, ...) are divided."""
         return _trimmed((None, self.owners or None))
 
+    def sharding_of_slots(self) -> NamedSharding:
+        """Returns where the slots of single units lie: with the shards that own them, or everywhere."""
+        return NamedSharding(self.mesh, self.of_slots())
+
+    def sharding_of_whole(self) -> NamedSharding:
+        """Returns where slots (stack, 1, in, out) of whole matrices lie: where the weights do."""
+        return NamedSharding(self.mesh, _trimmed((None, None, self.inputs or None, self.outputs or None)))
+
     def of_weight(self) -> PartitionSpec:
         """Returns how matrices (stack, in, out) are divided."""
         return PartitionSpec(None, self.inputs or None, self.outputs or None)

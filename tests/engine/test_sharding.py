@@ -177,6 +177,23 @@ def test_bytes_on_a_device_fall_as_the_mesh_says(shape):
         assert leaf.addressable_shards[0].data.nbytes * shape[2] == leaf.nbytes
 
 
+@needs_devices
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+def test_the_state_of_whole_weights_is_divided_as_they_are(shape):
+    run = Run(js.full(optax.adam(1e-2)), shape, "per_shard", jnp.bfloat16)
+    run.steps(2)
+    sizes = dict(zip(AXES, shape, strict=True))
+    checked = 0
+    for tree in (run.state.method.master, run.state.method.inner):
+        for path, leaf in flatten_with_paths(tree)[0]:
+            name = re.search(r"(layers/|embed_tokens/|lm_head/).*(kernel|embedding)$", path)
+            if name:
+                parts = np.prod([sizes[axis] for axis in specs(name[0]) if axis])
+                assert leaf.addressable_shards[0].data.nbytes * parts == leaf.nbytes, path
+                checked += 1
+    assert checked == 3 * (7 + 2)  # masters and two moments, of seven kernels, embedding and head
+
+
 def gathered(text):
     """The shapes that a compiled program gathers from several devices."""
     return {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* all-gather", text)}
