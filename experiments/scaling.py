@@ -111,12 +111,17 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 line = "-" if method == "gasdu" else "--"
                 panel.plot(numbers, values, line, color=f"C{number}", marker="o", label=f"{model}, {method}")
         panel.set(xscale="log", yscale="log", xlabel="devices; the batch grows with them", ylabel=what)
-        panel.xaxis.set_major_formatter("{x:.0f}")
+        counts = sorted({row["devices"] for row in rows if "devices" in row})
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="y", which="minor", labelsize=6)
         panel.grid(visible=True, alpha=0.3)
     right.set_ylabel("time of a step at least, ms")
     memory = next((row["memory"] for row in rows if "memory" in row), None)
     if memory:
-        left.axhline(memory / 1e9, color="black", linewidth=0.8, label="what a device has")
+        left.axhline(memory / 1e9, color="black", linewidth=0.8, label="memory of a device")
     left.legend(fontsize=7)
     figure.savefig(file)
 
