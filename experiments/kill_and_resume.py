@@ -102,7 +102,7 @@ def kill_once(config: KillConfig, arguments: list[str], out: Path, rng: random.R
     before, checkpoints = whole(out / "checkpoints"), out / "checkpoints"
     # Not before it has done something: a start alone takes seconds.
     wants_save = rng.random() < config.during_saves
-    saves, pause = rng.randint(1, 4), rng.uniform(0, 1.5)
+    saves, pause = rng.randint(1, 4), rng.uniform(0, 0.4)
     while process.poll() is None and whole(checkpoints) == before:
         time.sleep(0.002)
     if wants_save:

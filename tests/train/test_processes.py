@@ -14,7 +14,7 @@ import pytest
 from tests.train.runs import arguments, metrics_of, weights
 
 pytestmark = pytest.mark.slow
-OPTIONS = {"steps": 8, "checkpoint-every": 3, "refresh-every": 2, "eval-rows": 4}
+OPTIONS = {"steps": 40, "checkpoint-every": 3, "refresh-every": 2, "eval-rows": 4}
 
 
 def free_port() -> int:
