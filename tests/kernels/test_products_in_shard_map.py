@@ -56,4 +56,4 @@ def test_products_know_what_varies(name: str) -> None:
 
     assert "pallas_call" in str(sharded("pallas").trace(*arrays).jaxpr)
     expected = jnp.sum(function(*arrays, implementation="xla"))
-    np.testing.assert_allclose(sharded("xla")(*arrays), expected, rtol=1e-6)
+    np.testing.assert_allclose(sharded("xla")(*arrays), expected, rtol=1e-5, atol=1e-6)

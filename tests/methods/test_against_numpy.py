@@ -207,7 +207,7 @@ def test_units_compete_over_all_targets(name: str, rng: np.random.Generator) -> 
     for path, start in params.items():
         for current in results:
             np.testing.assert_array_equal(current[path] != start, scores[path] >= threshold)
-        np.testing.assert_allclose(results[0][path], results[1][path], rtol=1e-6)
+        np.testing.assert_allclose(results[0][path], results[1][path], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("one", "other"), [("paca", "r_cla"), ("d_paca", "cla"), ("c_paca", "r_c3la")])
@@ -270,7 +270,7 @@ def test_neuroada_with_all_inputs_is_full_training(rng: np.random.Generator) -> 
     tx = js.neuroada(optax.adam(0.1), k=4, targets="kernel")
     updates, _ = tx.update(gradients, tx.init(params), params)
     plain, _ = optax.adam(0.1).update(gradients, optax.adam(0.1).init(params), params)
-    np.testing.assert_allclose(updates["kernel"], plain["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], plain["kernel"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
