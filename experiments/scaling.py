@@ -57,8 +57,9 @@ _METHODS = {
 
 def planned(config: ScalingConfig, name: str, device: str, method: str) -> dict[str, Any]:
     """Returns one plan as JSON can hold it."""
-    model = LanguageModel(load_config(name), "full")
-    params, sharding = model.abstract(jnp.bfloat16), absent_sharding(device, None)
+    sharding = absent_sharding(device, None)
+    model = LanguageModel(load_config(name), "full", row_parts=1 if sharding is None else sharding.row_parts)
+    params = model.abstract(jnp.bfloat16)
     _, count = device_count(device)
     shape = count * config.rows, config.length
     whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32)

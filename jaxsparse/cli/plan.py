@@ -115,7 +115,8 @@ def _row(config: PlanConfig[Any], method: str) -> _Row:
 
 def _plan(config: PlanConfig[Any]) -> tuple[StepPlan, int]:
     sharding = absent_sharding(config.device, config.mesh)
-    model = LanguageModel(load_config(config.model), config.remat)
+    row_parts = 1 if sharding is None else sharding.row_parts
+    model = LanguageModel(load_config(config.model), config.remat, row_parts=row_parts)
     params = model.abstract(jnp.dtype(config.dtype))
     # Where to read rows and where to write is of no matter here.
     files = DataConfig(Path("-")), RunConfig(Path("-"))

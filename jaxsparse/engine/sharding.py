@@ -59,6 +59,11 @@ class Sharding:
                 f"rows are to be divided over {unknown[0]!r}, but the mesh's axes are {', '.join(self.mesh.axis_names)}"
             )
 
+    @property
+    def row_parts(self) -> int:
+        """How many devices share the rows of a batch."""
+        return _parts(self.mesh, self.rows)
+
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """Returns how a parameter is divided, one entry an axis.
 
@@ -90,7 +95,7 @@ class Sharding:
         Raises:
             InputError: the rows cannot be shared equally.
         """
-        parts = _parts(self.mesh, self.rows)
+        parts = self.row_parts
         for leaf in jax.tree.leaves(batch):
             if leaf.shape[0] % parts:
                 raise InputError(f"a batch of {leaf.shape[0]} rows cannot be shared by {parts} devices equally")

@@ -11,7 +11,7 @@ __all__ = [
     "Attend",
     "Cache",
     "attend_cached",
-    "attend_row_by_row",
+    "attend_in_turns",
     "attend_rows",
     "empty_cache",
     "split_heads",
@@ -103,7 +103,7 @@ def attend_rows(
     return mixed, store
 
 
-def attend_row_by_row(
+def attend_in_turns(
     store: None,
     layer: Int[Array, ""],
     query: Float[Array, "batch length heads head_dim"],
@@ -112,8 +112,12 @@ def attend_row_by_row(
     *,
     segments: Int[Array, "batch length"] | None,
     window: int | None,
+    row_parts: int = 1,
 ) -> tuple[Float[Array, "batch length heads head_dim"], None]:
     """As `attend_rows`, a row at a time: the scores of one row exist, forward and (computed again) backward.
+
+    Where devices share the rows, each takes one of its own at a time: a loop over rows of which each lies on one
+    device would have all devices do all of them.
 
     Args:
         store: None, there is no cache.
@@ -123,16 +127,24 @@ def attend_row_by_row(
         value: values.
         segments: as in `attend_rows`.
         window: as in `attend_rows`.
+        row_parts: into how many equal parts, one after the other, devices share the rows.
 
     Returns:
         The mixed values, and None.
     """
+    batch = query.shape[0]
+    parts = row_parts if batch % row_parts == 0 else 1
 
-    def attend(row: tuple[Array, Array, Array, Array | None]) -> Array:
-        query, key, value, segments = jax.tree.map(lambda leaf: leaf[None], row)
-        return attend_rows(None, layer, query, key, value, segments=segments, window=window)[0][0]
+    def attend(rows: tuple[Array, Array, Array, Array | None]) -> Array:
+        *arrays, segments = rows
+        return attend_rows(None, layer, *arrays, segments=segments, window=window)[0]
 
-    return jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (query, key, value, segments)), store
+    def deal(array: Array) -> Array:
+        return array.reshape(parts, batch // parts, *array.shape[1:]).swapaxes(0, 1)
+
+    dealt = jax.tree.map(deal, (query, key, value, segments))
+    mixed = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), dealt)
+    return mixed.swapaxes(0, 1).reshape(query.shape), store
 
 
 def visible(

@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.models.attention import Attend, Cache, Store, attend_cached, attend_row_by_row, attend_rows, visible
+from jaxsparse.models.attention import Attend, Cache, Store, attend_cached, attend_in_turns, attend_rows, visible
 from jaxsparse.models.configs import Config
 
 __all__ = ["INIT", "Decoder", "Rotary", "check_remat", "embedding", "stack_layers"]
@@ -70,6 +70,7 @@ class Decoder(nnx.Module):
         config: shapes and constants.
         remat: what the backward pass computes again, per layer: `none` nothing, `full` everything (attention then
             takes a row of the batch at a time), `dots` all but the products with weights.
+        row_parts: how many devices share the rows of a batch.
         layers: a block whose parameters have a leading axis of layers. It is called with the hidden
             states, the rotary angles and an `Attend`, and returns the hidden states and the store.
     """
@@ -77,6 +78,7 @@ class Decoder(nnx.Module):
     config: Config
     remat: str
     layers: Any
+    row_parts: int = 1
 
     def embed(self, tokens: Array, positions: Array) -> Array:
         """Returns the hidden states before the first layer."""
@@ -133,7 +135,8 @@ class Decoder(nnx.Module):
                     f"rows of {length} tokens, but max_position_embeddings is {self.config.max_position_embeddings}"
                 )
             positions = jnp.arange(length)[None]
-        rows = attend_row_by_row if self.remat == "full" else attend_rows
+        turns = partial(attend_in_turns, row_parts=self.row_parts)
+        rows = turns if self.remat == "full" else attend_rows
         attend = partial(rows, segments=segments, window=self.window())
         hidden, _ = self._run(tokens, positions, attend, None)
         return hidden

@@ -61,9 +61,10 @@ class LanguageModel:
         remat: what the backward pass computes again, per layer: `none`, `full` or `dots` (all but the
             products with weights).
         loss_chunk: most tokens whose logits exist at a time in `loss`.
+        row_parts: how many devices share the rows of a batch, in equal parts (`js.Sharding.row_parts`).
 
     Raises:
-        InputError: an unknown remat, or a loss_chunk below 1.
+        InputError: an unknown remat, or a loss_chunk or row_parts below 1.
 
     Example:
         >>> model = LanguageModel(
@@ -79,16 +80,21 @@ class LanguageModel:
     config: Config
     remat: str = "none"
     loss_chunk: int = 512
+    row_parts: int = 1
 
     def __post_init__(self) -> None:
         check_remat(self.remat)
         if self.loss_chunk < 1:
             raise InputError(f"loss_chunk must be at least 1 token, not {self.loss_chunk}")
+        if self.row_parts < 1:
+            raise InputError(f"row_parts must be at least 1 device, not {self.row_parts}")
 
     def _create(self, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> Decoder:
-        if isinstance(self.config, GPT2Config):
-            return GPT2(self.config, rngs=rngs, param_dtype=dtype, remat=self.remat)
-        return Llama(self.config, rngs=rngs, param_dtype=dtype, remat=self.remat)
+        options: Any = {"rngs": rngs, "param_dtype": dtype, "remat": self.remat}
+        config = self.config
+        module = GPT2(config, **options) if isinstance(config, GPT2Config) else Llama(config, **options)
+        module.row_parts = self.row_parts
+        return module
 
     @functools.cached_property
     def _graphdef(self) -> Any:

@@ -93,7 +93,8 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     method = make_method(config, base.params, steps, base.config.head_dim)
     if sharding is not None:
         base = dataclasses.replace(base, params=jax.tree.map(placed, base.params, sharding.of(base.params)))
-    model, held_out = LanguageModel(base.config, config.base.remat), None
+    row_parts = 1 if sharding is None else sharding.row_parts
+    model, held_out = LanguageModel(base.config, config.base.remat, row_parts=row_parts), None
     count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]

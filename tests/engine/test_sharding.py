@@ -59,10 +59,11 @@ def mesh_of(shape):
 class Run:
     """A method on a model that is divided over a mesh, or on one device."""
 
-    def __init__(self, method, shape=None, selection="global", dtype=jnp.float64, accumulate=1):
-        self.model = LanguageModel(CONFIG)
-        self.params = random_params(self.model, np.random.default_rng(1), dtype)
+    def __init__(self, method, shape=None, selection="global", dtype=jnp.float64, accumulate=1, remat="none"):
         self.sharding = None if shape is None else js.Sharding(mesh_of(shape), specs, selection=selection)
+        row_parts = 1 if shape is None else self.sharding.row_parts
+        self.model = LanguageModel(CONFIG, remat, row_parts=row_parts)
+        self.params = random_params(self.model, np.random.default_rng(1), dtype)
         self.tuner = js.fuse(self.model.loss, method, has_aux=True, accumulate=accumulate, sharding=self.sharding)
         self.state, self.rng = self.tuner.init(self.params), np.random.default_rng(2)
 
@@ -236,6 +237,20 @@ def test_selection_by_shards_tells_nobody_what_it_picks():
     run = Run(METHODS["gasdu"](), (1, 1, 8), "per_shard")
     text = run.tuner.step.lower(run.state, run.batch()).compile().as_text()
     assert not gathered(text)
+
+
+@needs_devices
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_under_full_remat_every_device_attends_to_its_own_rows_alone(shape):
+    alone, divided = Run(METHODS["gasdu"](), remat="full"), Run(METHODS["gasdu"](), shape, remat="full")
+    np.testing.assert_allclose(divided.steps(3), alone.steps(3), rtol=1e-6)
+    batch, heads = divided.batch(), CONFIG.num_heads
+    of_all_rows = rf"\[16,1,11,{heads // shape[2]},{CONFIG.head_dim}\]"
+    text = divided.tuner.step.lower(divided.state, batch).compile().as_text()
+    assert not re.search(of_all_rows, text)
+    # A model that is not told of the devices gathers them: the test sees what it looks for.
+    untold = js.fuse(LanguageModel(CONFIG, "full").loss, METHODS["gasdu"](), has_aux=True, sharding=divided.sharding)
+    assert re.search(of_all_rows, untold.step.lower(divided.state, batch).compile().as_text())
 
 
 @needs_devices
