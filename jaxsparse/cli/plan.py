@@ -23,6 +23,7 @@ from jaxsparse.engine.fused import fuse, is_divisible
 from jaxsparse.methods.registry import options_class
 from jaxsparse.models.checkpoints import load_config
 from jaxsparse.models.functional import LanguageModel
+from jaxsparse.models.sharding import mesh_sizes
 from jaxsparse.plan.absent import device_count, use_cpu
 from jaxsparse.plan.steps import StepPlan, absent_sharding, plan_step
 from jaxsparse.train.config import DataConfig, FinetuneConfig, ModelConfig, OptimizerConfig, Options, RunConfig
@@ -88,6 +89,10 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("batch", "max_length"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    _rows_together(config)
+    positions = load_config(config.model).max_position_embeddings
+    if config.fit != "max-length" and config.max_length > positions:
+        raise InputError(f"max_length={config.max_length} is more than the {positions} positions of {config.model}")
     if config.fit is not None:
         config = _fitted(config)
     names = [config.method, *(name for name in config.compare if name != config.method)]
@@ -156,8 +161,7 @@ def _fitted(config: PlanConfig[Any]) -> PlanConfig[Any]:
         raise InputError(f"no remat fits in {config.device}; give a smaller --batch or --max-length, or more devices")
     name = "batch" if config.fit == "batch" else "max_length"
     longest = load_config(config.model).max_position_embeddings if name == "max_length" else 2**20
-    _, count = device_count(config.device)
-    step = 64 if name == "max_length" else count
+    step = 64 if name == "max_length" else _rows_together(config)
 
     def with_size(number: int) -> PlanConfig[Any]:
         size = number * step
@@ -172,6 +176,13 @@ def _fitted(config: PlanConfig[Any]) -> PlanConfig[Any]:
     if not largest:
         raise InputError(f"not even {name}={step} fits in {config.device}; take more devices, or --remat full")
     return with_size(largest)
+
+
+def _rows_together(config: PlanConfig[Any]) -> int:
+    """How many rows the devices take together at least; the mesh is checked."""
+    _, count = device_count(config.device)
+    sizes = mesh_sizes(f"fsdp={count}" if config.mesh is None else config.mesh, count)
+    return sizes["data"] * sizes["fsdp"]
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

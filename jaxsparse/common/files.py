@@ -139,7 +139,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         try:
             make_shareable(temporary)
             yield temporary
-            for file in temporary.rglob("*"):
+            for file in [*temporary.rglob("*"), temporary]:
                 _sync(file)
             _replace_folder(temporary, target)
             _sync(target.parent)

@@ -294,9 +294,9 @@ def shared_equally(divided: Divided, path: str, support: Int[Array, "stack k ...
         InputError: there are fewer slots than shards.
     """
     count, shards = support.shape[1], divided.shards
-    if count < shards:
+    if shards > 1 and count < shards:  # a matrix may have none at all under a global budget
         raise InputError(
             f"parameter {path} has {count} slots a matrix, fewer than the {shards} shards that pick their own: give a "
-            "larger density or budget, fewer tensor shards, or selection='global'"
+            "larger density or budget, fewer tensor shards, or --selection global"
         )
     return support[:, : count // shards * shards]

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from jaxsparse.common.errors import InputError
 
-__all__ = ["MESH_AXES", "mesh_sizes", "partition_spec"]
+__all__ = ["MESH_AXES", "mesh_sizes", "partition_spec", "tensor_parts"]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 """data: rows of a batch; fsdp: rows too, and weights, which are gathered for each product; tensor: the products
@@ -32,6 +32,28 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
         >>> mesh_sizes("fsdp=4,tensor=2", 8)
         {'data': 1, 'fsdp': 4, 'tensor': 2}
     """
+    whole = _sizes(text)
+    if math.prod(whole.values()) != devices:
+        raise InputError(
+            f"mesh {text!r} has {math.prod(whole.values())} devices, but there are {devices}; data={devices} would work"
+        )
+    return whole
+
+
+def tensor_parts(mesh: str | None) -> int:
+    """Returns how many tensor shards a mesh has; without a mesh there is one.
+
+    Raises:
+        InputError: see `mesh_sizes`.
+
+    Example:
+        >>> tensor_parts("fsdp=4,tensor=2"), tensor_parts(None)
+        (2, 1)
+    """
+    return 1 if mesh is None else _sizes(mesh)["tensor"]
+
+
+def _sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (word.strip() for word in part.partition("="))
@@ -40,12 +62,7 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
         if not size.isdecimal() or int(size) < 1 or axis in sizes:
             raise InputError(f"mesh {text!r}: {axis} must be given once, as a positive number, got {part.strip()!r}")
         sizes[axis] = int(size)
-    whole = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    if math.prod(whole.values()) != devices:
-        raise InputError(
-            f"mesh {text!r} has {math.prod(whole.values())} devices, but there are {devices}; data={devices} would work"
-        )
-    return whole
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
 def partition_spec(path: str) -> PartitionSpec:

@@ -77,7 +77,8 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, *, keep: int) -> Pa
             raise InputError(f"cannot write checkpoint {target}: {_first_line(error)}") from error
         run = {"step": checkpoint.step, "data": checkpoint.data_state, "totals": checkpoint.totals}
         (temporary / "run.json").write_text(json.dumps(run))
-    for old in _steps(folder)[keep:]:
+    # Later ones are damaged, or this run would have gone on from them: they must not push out what was just saved.
+    for old in [step for step in _steps(folder) if step <= checkpoint.step][keep:]:
         shutil.rmtree(folder / _FOLDER.format(old), ignore_errors=True)
     return target
 

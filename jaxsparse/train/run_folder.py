@@ -9,7 +9,8 @@ import yaml
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text, check_writable
-from jaxsparse.train.config import FinetuneConfig
+from jaxsparse.models.sharding import tensor_parts
+from jaxsparse.train.config import FinetuneConfig, ModelConfig
 
 __all__ = ["check_run_folder", "flat_options", "open_run_folder"]
 
@@ -59,6 +60,7 @@ def check_run_folder(config: FinetuneConfig) -> None:
                 f"{out} was run with {name}={before.get(name)!r}, not {value!r}; "
                 "resume with the same options, or give another --out"
             )
+    _check_mesh(config.base, before.get("mesh"), out)
     record = out / "data.sha256"
     if record.exists():
         recorded = [line.split(" ")[0] for line in record.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -78,6 +80,16 @@ def open_run_folder(config: FinetuneConfig) -> None:
     lines = [f"{checksum}  {file}\n" for file, checksum in zip(_data_files(config), _checksums(config), strict=True)]
     atomic_write_text(out / "data.sha256", "".join(lines))
     atomic_write_text(out / "config.yaml", yaml.safe_dump(flat_options(config), sort_keys=False))
+
+
+def _check_mesh(base: ModelConfig, before: str | None, out: Path) -> None:
+    """Every tensor shard's picks lie in its own part of the weights: other parts would need other picks."""
+    now, then = tensor_parts(base.mesh), tensor_parts(before)
+    if base.selection == "per_shard" and now != then:
+        raise InputError(
+            f"{out} was run with tensor={then}, whose shards each picked their own entries, not tensor={now}; resume "
+            "with the same tensor axis (data and fsdp may change), or start with --selection global"
+        )
 
 
 def _read_options(file: Path) -> dict[str, Any]:

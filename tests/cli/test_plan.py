@@ -20,7 +20,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-6,
 }
 
@@ -113,6 +113,9 @@ def test_the_longest_rows_and_the_fastest_remat_that_fit_are_found(model, capsys
         (["--device", "h100x9"], "GPUs come singly up to 8, then in multiples of 8"),
         (["--device", "cpux2"], "there is one CPU"),
         (["--batch", "0"], "batch must be at least 1"),
+        (["--max-length", "2000"], "max_length=2000 is more than the 1024 positions of"),
+        (["--device", "v5e-8", "--mesh", "fsdp=3"], "has 3 devices, but there are 8"),
+        (["--device", "v5e-8", "--mesh", ""], "mesh axis '' is unknown"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message, model, capsys):
@@ -125,8 +128,8 @@ def test_what_a_method_cannot_do_is_said_of_it_alone(model, capsys):
     assert problems["gasdu"] is None
     assert problems["smt"]
     assert "unknown method 'nothing'" in problems["nothing"]
-    bad = planned(model, capsys, "--device", "cpu", "--mesh", "data=2", "--compare", status=1)
-    assert "but there are 1" in bad["plans"][0]["problem"]
+    message = fails(["plan", "--model", model, "--density", "0.01", "--device", "cpu", "--mesh", "data=2"], capsys)
+    assert "but there are 1; data=1 would work" in message
 
 
 def test_a_table_is_for_people(model, capsys):

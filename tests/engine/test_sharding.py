@@ -38,8 +38,18 @@ METHODS = {
     "neuroada": lambda: js.neuroada(optax.adam(1e-2), k=1, targets=SEVEN),
     "s2ft": lambda: js.s2ft(optax.adam(1e-2), head_size=16, output=0.3, down=0.3),
     "full": lambda: js.full(optax.sgd(0.1)),
+    "saft": lambda: saft(),
 }
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"needs {DEVICES} devices; see the last test")
+
+
+def saft():
+    """A support over all targets, which leaves some matrices without any slot."""
+    params = random_params(LanguageModel(CONFIG), np.random.default_rng(1), jnp.float64)
+    rows = random_rows(np.random.default_rng(3), 16, 11)
+    method = js.saft(optax.adam(1e-2), density=1e-4)
+    support = js.calibrate(lambda params, batch: LanguageModel(CONFIG).loss(params, batch)[0], params, [rows], method)
+    return js.with_support(method, support)
 
 
 def specs(path):

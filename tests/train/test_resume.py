@@ -186,3 +186,15 @@ def test_changed_data_is_refused(finished: Path, again: tuple[Path, list[str]], 
         data.write_text(before)
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "train.json has changed since the run" in line
+
+
+def test_what_tensor_shards_picked_does_not_go_to_other_shards(
+    again: tuple[Path, list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    out, command = again
+    config = (out / "config.yaml").read_text()
+    assert "mesh: null" in config
+    (out / "config.yaml").write_text(config.replace("mesh: null", "mesh: fsdp=2,tensor=2"))
+    assert main(command) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "was run with tensor=2, whose shards each picked their own entries, not tensor=1; resume with" in line

@@ -85,6 +85,15 @@ def test_what_is_saved_is_what_was_there_when_it_was_told(base, tmp_path, monkey
     assert told == {"step": 1, "data": {"at": {"row": 1}}, "totals": {"retained": [1]}}
 
 
+def test_what_was_just_saved_is_kept_beside_a_damaged_later_checkpoint(base, tmp_path):
+    """A run that passed over a damaged checkpoint saves one of fewer steps."""
+    (tmp_path / "step_00000008").mkdir()
+    with Saver(tmp_path, base, fingerprint(base), keep=1) as saver:
+        saved_by(saver, 4, base["w"] + 1, {"m": jnp.ones(2)})
+        saved_by(saver, 6, base["w"] + 2, {"m": jnp.ones(2)})
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step_00000006", "step_00000008"]
+
+
 def test_one_save_waits_for_the_other_and_errors_come_out(base, tmp_path, monkeypatch):
     def failing(*given, **options):
         raise InputError("the disk is full")
