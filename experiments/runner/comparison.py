@@ -1,0 +1,141 @@
+"""Comparisons of methods by the trials of stage two."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.runner.bench import Bench, median_of
+from experiments.runner.figures import panels
+
+__all__ = ["Verdict", "bars", "compared", "good", "scores"]
+
+Rows = Sequence[dict[str, Any]]
+Value = str | Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one method's trials compare with another's, pair by pair: same task, same seed.
+
+    Attributes:
+        difference: median over the pairs of first minus second.
+        noise: how far trials of one method and task are apart by their seed alone: the median over methods and tasks
+            of half the distance from the least to the greatest.
+        pairs: how many there are.
+        said: the same in words.
+    """
+
+    difference: float
+    noise: float
+    pairs: int
+    said: str
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the difference is no larger than the noise; None without pairs."""
+        return abs(self.difference) <= self.noise if self.pairs else None
+
+    @property
+    def not_higher(self) -> bool | None:
+        """Whether the first is lower, or higher by no more than the noise; None without pairs."""
+        return self.difference <= self.noise if self.pairs else None
+
+    @property
+    def lower(self) -> bool | None:
+        """Whether the first is lower by more than the noise; None without pairs."""
+        return self.difference < -self.noise if self.pairs else None
+
+    @property
+    def higher(self) -> bool | None:
+        """Whether the first is higher by more than the noise; None without pairs."""
+        return self.difference > self.noise if self.pairs else None
+
+
+def good(rows: Rows, **wanted: Any) -> list[dict[str, Any]]:
+    """Returns the trials that went well and have some fields."""
+    return [row for row in rows if "error" not in row and all(row[name] == each for name, each in wanted.items())]
+
+
+def value_of(row: dict[str, Any], value: Value) -> Any:
+    """Returns a field of a trial's line, or what a function makes of it."""
+    return value(row) if callable(value) else row[value]
+
+
+def compared(rows: Rows, first: str, second: str, value: Value = "loss", *, unit: str = "nats a token") -> Verdict:
+    """Compares two methods by a value of their trials.
+
+    Args:
+        rows: lines of trials.
+        first: a label.
+        second: another.
+        value: name of a field, or a function of a line; lower is not always better, see `Verdict`.
+        unit: of the value.
+    """
+    found: dict[tuple[str, str, int], float] = {
+        (row["label"], row["task"], row["seed"]): value_of(row, value) for row in good(rows)
+    }
+    pairs = [(key[1], key[2]) for key in found if key[0] == first and (second, *key[1:]) in found]
+    if not pairs:
+        return Verdict(float("nan"), float("nan"), 0, f"no trials of {first} and {second} to compare")
+    differences = [found[first, *pair] - found[second, *pair] for pair in pairs]
+    spreads = []
+    for label in (first, second):
+        for task in dict.fromkeys(task for task, _ in pairs):
+            own = [found[label, task, seed] for its, seed in pairs if its == task]
+            spreads.append((max(own) - min(own)) / 2)
+    difference, noise = statistics.median(differences), statistics.median(spreads)
+    said = (
+        f"{first} − {second}: median {difference:+.4g} {unit} over {len(pairs)} pairs of task and seed, "
+        f"seeds alone ±{noise:.2g}"
+    )
+    return Verdict(difference, noise, len(pairs), said)
+
+
+def scores(bench: Bench, rows: Rows) -> list[dict[str, Any]]:
+    """Returns a table: a method a row, with medians over seeds of loss and exact match on every task."""
+    table = []
+    for label in bench.labels:
+        slots = median_of(rows, "slots", label=label)
+        line: dict[str, Any] = {"method": label, "entries trained": None if slots is None else int(slots[0])}
+        for task in bench.settings.tasks:
+            loss = median_of(rows, "loss", label=label, task=task)
+            match = median_of(rows, "exact_match", label=label, task=task)
+            line[f"{task}, loss"] = None if loss is None else loss[0]
+            line[f"{task}, %"] = None if match is None else 100 * match[0]
+        for name, value in (("loss", "loss"), ("%", "exact_match")):
+            medians = [median_of(rows, value, label=label, task=task) for task in bench.settings.tasks]
+            there = [each[0] for each in medians if each is not None]
+            mean = sum(there) / len(there) if len(there) == len(medians) else None
+            line[f"mean, {name}"] = None if mean is None else mean * (100 if name == "%" else 1)
+        table.append(line)
+    return table
+
+
+def bars(bench: Bench, rows: Rows, value: Value, title: str, unit: str, name: str = "bars") -> None:
+    """Adds a picture: a panel a task, a bar a method, from the least to the greatest over seeds as a whisker."""
+    tasks = [task for task in bench.settings.tasks if good(rows, task=task)]
+    if not tasks:
+        bench.report.failure(f"the picture {name} has no data: no trial went well")
+        return
+    figure, drawn = panels(len(tasks), title=title, size=(max(4.0, 0.8 * len(bench.labels)), 4.2))
+    data = []
+    for panel, task in zip(drawn[0], tasks, strict=True):
+        found = {label: median_of(rows, value, label=label, task=task) for label in bench.labels}
+        found = {label: each for label, each in found.items() if each is not None}
+        middles = np.array([each[0] for each in found.values()])
+        whiskers = np.array([[m - low, high - m] for m, low, high in found.values()]).T
+        panel.bar(list(found), middles, yerr=whiskers, capsize=3, color=[f"C{at}" for at in range(len(found))])
+        panel.tick_params(axis="x", rotation=45)
+        low, high = float((middles - whiskers[0]).min()), float((middles + whiskers[1]).max())
+        room = high - low or 1.0
+        # Differences between methods are small against the values: the axis begins below the least.
+        panel.set(title=task, xlabel="method", ylabel=unit, ylim=(low - 0.5 * room, high + 0.1 * room))
+        names = ("median", "least", "greatest")
+        data += [
+            {"task": task, "method": label, **dict(zip(names, each, strict=True))} for label, each in found.items()
+        ]
+    seeds = f"whiskers from the least to the greatest of {len(bench.seeds)} seeds"
+    bench.report.picture(name, figure, data, f"{title}; {seeds}")

@@ -1,0 +1,168 @@
+"""One trial: fine-tunes a model as `jaxsparse finetune` does, in this process, and measures it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxsparse.evaluate.suites import TaskRows, load_task
+
+from jaxsparse.data.rows import Row
+from jaxsparse.engine.description import count_slots
+from jaxsparse.engine.tuner import TunerState
+from jaxsparse.evaluate.held_out import Measurement, encode_held_out, measure
+from jaxsparse.methods.registry import options_class
+from jaxsparse.models.checkpoints import Checkpoint, load
+from jaxsparse.models.functional import LanguageModel
+from jaxsparse.train.config import DataConfig, FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxsparse.train.loop import train
+from jaxsparse.train.optimizer import learning_rate
+from jaxsparse.train.prepare import Job, prepare
+
+if TYPE_CHECKING:
+    from experiments.runner.trials import Trial
+
+__all__ = ["Tuned", "config_of", "read_metrics", "tune"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model, and what tuning it was like.
+
+    Attributes:
+        job: the run as it was prepared; its parameters are gone.
+        state: the last state.
+        params: the tuned parameters.
+        task: the rows of the task.
+        measured: on the trial's dev or test rows.
+        metrics: a mapping for every step: loss, retention, …
+        result: what the trial's line holds.
+        data_root: where the data lie.
+    """
+
+    job: Job
+    state: TunerState
+    params: Any
+    task: TaskRows
+    measured: Measurement
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    data_root: Path
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model's functions."""
+        return self.job.model
+
+    def base(self) -> Checkpoint:
+        """The model before, read again: training took over its memory."""
+        return load(self.job.config.base.model, dtype=self.job.config.base.dtype)
+
+    def measure(self, rows: list[Row], *, params: Any = None) -> Measurement:
+        """Loss and exact match on other rows, of the tuned model or of other parameters."""
+        told = self.job.config.rows
+        held_out = encode_held_out(
+            self.model,
+            self.job.tokenizer,
+            rows,
+            max_length=told.max_length,
+            max_new_tokens=told.max_new_tokens,
+            template=told.template,
+            too_long=told.too_long,
+        )
+        return measure(self.model, self.params if params is None else params, self.job.tokenizer, held_out)
+
+
+def config_of(trial: Trial, folder: Path, data_root: Path) -> FinetuneConfig:
+    """Returns a trial as `jaxsparse finetune` would be told of it."""
+    common = trial.common
+    return FinetuneConfig(
+        base=ModelConfig(trial.model, dtype=common["dtype"]),
+        rows=DataConfig(
+            data_root / trial.task,
+            batch=trial.batch,
+            max_length=common["max_length"],
+            max_new_tokens=common["max_new_tokens"],
+            train_on=common["train_on"],
+            too_long="drop",
+        ),
+        run=RunConfig(out=folder, steps=trial.steps, epochs=trial.epochs, seed=trial.seed, resume=True),
+        chosen_method=options_class(trial.method)(**trial.options),
+        method=trial.method,
+        inner=OptimizerConfig(
+            optimizer=common["optimizer"],
+            lr=trial.lr,
+            schedule=common["schedule"],
+            warmup_steps=common["warmup_steps"],
+            clip=common["clip"],
+            weight_decay=common["weight_decay"],
+        ),
+        targets=common["targets"],
+    )
+
+
+# Tasks are read for trial after trial.
+_task = lru_cache(maxsize=8)(load_task)
+
+
+def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
+    """Trains and measures.
+
+    Args:
+        trial: what to do.
+        folder: where metrics and checkpoints go; a trial that was killed goes on from there.
+        data_root: where the data lie.
+
+    Returns:
+        The tuned model.
+
+    Raises:
+        InputError: something in the trial, the data or the model does not work.
+    """
+    start = time.monotonic()
+    task = _task(data_root, trial.task)
+    rows = list(getattr(task, trial.measured_on))[: trial.measured_rows]
+    config = config_of(trial, folder, data_root)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = prepare(config, list(task.train)[: trial.rows], rows)
+    slots = count_slots(job.method, job.base.params)
+    rate = learning_rate(config.inner, job.steps)
+    state, totals = train(
+        job.tuner,
+        job.base.params,
+        job.data,
+        config.run,
+        job.steps,
+        rate=rate,
+        base_fingerprint=job.base.fingerprint,
+        sharding=job.sharding,
+    )
+    params = job.tuner.params(state)
+    assert job.held_out is not None  # there are rows, or load_task had complained
+    measured = measure(job.model, params, job.tokenizer, job.held_out)
+    metrics = read_metrics(folder)
+    retention = totals.retention_at_refresh
+    result = {
+        "loss": measured.loss,
+        "exact_match": measured.exact_match,
+        "measured": measured.rows,
+        "train_loss": metrics[-1]["loss"] if metrics else None,
+        "slots": slots,
+        "steps_done": job.steps,
+        "engine": job.engine,
+        "tokens_per_second": totals.tokens_per_second,
+        "retention_at_refresh": sum(retention) / len(retention) if retention else None,
+        "skipped": totals.skipped,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    return Tuned(job, state, params, task, measured, metrics, result, data_root)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the metrics of every step of a trial, from its folder."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []

@@ -1,0 +1,137 @@
+"""Trials: one training run each, measured, and kept as a line of a file that a later call goes on from."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.runner.training import Tuned, tune
+from jaxsparse.common.errors import InputError, Stopped
+from jaxsparse.common.numbers import finite_or_none
+
+__all__ = ["Observe", "Trial", "TrialStore"]
+
+Observe = Callable[[Tuned], dict[str, Any]]
+"""What an experiment wants to know of a tuned model beyond loss and exact match, as JSON can hold it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All that a training run depends on.
+
+    Attributes:
+        model: where the model lies.
+        task: the task's name.
+        label: what tables call the method.
+        method: the method's name.
+        options: its own options.
+        lr: learning rate.
+        batch: rows of a batch.
+        seed: the only source of randomness.
+        steps: optimizer steps, or None.
+        epochs: passes over the data, or None.
+        rows: so many training rows, or None for all.
+        measured_on: "dev" or "test".
+        measured_rows: so many of those rows, or None for all.
+        common: whatever else the run is told, by the names of the configuration.
+        observed: name of the function that looked at the tuned model.
+    """
+
+    model: str
+    task: str
+    label: str
+    method: str
+    options: dict[str, Any]
+    lr: float
+    batch: int
+    seed: int
+    steps: int | None
+    epochs: float | None
+    rows: int | None = None
+    measured_on: str = "test"
+    measured_rows: int | None = None
+    common: dict[str, Any] = field(default_factory=dict)
+    observed: str = ""
+
+    @property
+    def key(self) -> str:
+        """A short name that no other trial has."""
+        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class TrialStore:
+    """A file of trials and what came of them, one JSON object a line; experiments share those that they have in common.
+
+    Args:
+        folder: where `trials.jsonl` and a folder for every trial's metrics lie.
+        data_root: where the data lie.
+        versions: of the packages that a trial depends on; a trial of other versions is run again.
+
+    Attributes:
+        folder: the same.
+        versions: the same.
+        used: the lines of all trials that were asked for.
+    """
+
+    def __init__(self, folder: Path, data_root: Path, versions: dict[str, str]):
+        self.folder, self.versions = folder, versions
+        self._data_root = data_root
+        self._file = folder / "trials.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._known = {row["key"]: row for row in self._read() if row["versions"] == versions and "error" not in row}
+        self.used: list[dict[str, Any]] = []
+
+    def _read(self) -> Iterable[dict[str, Any]]:
+        """The whole lines of the file: a killed run may have left half of one."""
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def folder_of(self, key: str) -> Path:
+        """Where a trial's metrics lie, by its key."""
+        return self.folder / "trials" / key
+
+    def knows(self, trial: Trial) -> bool:
+        """Whether a trial is done."""
+        return trial.key in self._known
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """The lines of the trials of this call that failed."""
+        return [row for row in self.used if "error" in row]
+
+    def run(self, trial: Trial, observe: Observe | None = None) -> dict[str, Any]:
+        """Returns a trial's line: what an earlier call found, or what training now finds.
+
+        What goes wrong in a trial stands in its line under `error`, and the others go on.
+        """
+        row = self._known.get(trial.key)
+        if row is None:
+            row = {"key": trial.key, "versions": self.versions, **asdict(trial), **self._result(trial, observe)}
+            with self._file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(row, allow_nan=False, default=str) + "\n")
+            if "error" not in row:
+                self._known[trial.key] = row
+        self.used.append(row)
+        return row
+
+    def _result(self, trial: Trial, observe: Observe | None) -> dict[str, Any]:
+        try:
+            tuned = tune(trial, self.folder_of(trial.key), self._data_root)
+            found = tuned.result | ({"observed_values": observe(tuned)} if observe else {})
+        except (InputError, FileNotFoundError) as error:
+            return {"error": " ".join(str(error).split())}
+        except Stopped:
+            raise
+        except Exception as error:  # one trial's crash must not cost the others
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        if not math.isfinite(found["loss"]):
+            return {"error": f"diverged: the loss is {found['loss']} with lr={trial.lr}", "loss": None}
+        return {name: finite_or_none(value) if isinstance(value, float) else value for name, value in found.items()}
