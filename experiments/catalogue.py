@@ -7,7 +7,13 @@ from jaxsparse.common.errors import InputError
 
 __all__ = ["EXPERIMENTS", "chosen"]
 
-_NAMES = ("gasdu/refresh_interval",)
+_NAMES = (
+    "gasdu/tasks",
+    "gasdu/retention",
+    "gasdu/refresh_interval",
+    "gasdu/cost",
+    "gasdu/budget",
+)
 
 
 def _load(name: str) -> Experiment:

@@ -44,6 +44,7 @@ class Settings:
         weight_decay: for adamw.
         targets: pattern of the weights that may move; None: the attention projections.
         dtype: of the weights.
+        engine: "fused", or "reference", which knows the retention of every step and not of refreshing ones alone.
         device: what the paper's scale is planned for where it cannot run.
         more: what this experiment alone knows.
     """
@@ -71,6 +72,7 @@ class Settings:
     weight_decay: float = 0.0
     targets: str | None = None
     dtype: str = "float32"
+    engine: str = "fused"
     device: str = "h100"
     more: dict[str, Any] = field(default_factory=dict)
 

@@ -101,6 +101,7 @@ def config_of(trial: Trial, folder: Path, data_root: Path) -> FinetuneConfig:
             clip=common["clip"],
             weight_decay=common["weight_decay"],
         ),
+        engine=common["engine"],
         targets=common["targets"],
     )
 

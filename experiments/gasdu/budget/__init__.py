@@ -1,0 +1,1 @@
+"""GASDU, tables 11 to 13."""

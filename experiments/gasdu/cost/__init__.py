@@ -1,0 +1,1 @@
+"""GASDU, table 4."""

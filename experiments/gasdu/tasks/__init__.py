@@ -1,0 +1,1 @@
+"""GASDU, tables 1 and 2."""
