@@ -1,10 +1,12 @@
 """Cost against size: peak memory of a device and time of a step, from 1B to 70B weights, on 1 to 256 chips."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import check_writable
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch
+from jaxsparse.engine.sharding import row_parts
 from jaxsparse.models.checkpoints import load_config
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.plan.absent import device_count, use_cpu
@@ -55,10 +58,14 @@ _METHODS = {
 }
 
 
+# To be raised when what a plan counts changes: plans of before are then made anew.
+_COSTS = 2
+
+
 def planned(config: ScalingConfig, name: str, device: str, method: str) -> dict[str, Any]:
     """Returns one plan as JSON can hold it."""
     sharding = absent_sharding(device, None)
-    model = LanguageModel(load_config(name), "full", row_parts=1 if sharding is None else sharding.row_parts)
+    model = LanguageModel(load_config(name), "full", row_parts=row_parts(sharding))
     params = model.abstract(jnp.bfloat16)
     _, count = device_count(device)
     shape = count * config.rows, config.length
@@ -71,13 +78,16 @@ def planned(config: ScalingConfig, name: str, device: str, method: str) -> dict[
 
 def key_of(config: ScalingConfig, name: str, device: str, method: str) -> dict[str, Any]:
     """Returns what tells a plan from others."""
-    return {"model": name, "device": device, "method": method, "rows": config.rows, "length": config.length}
+    versions = {"jax": jax.__version__, "jaxsparse": version("jaxsparse"), "costs": _COSTS}
+    return {
+        "model": name, "device": device, "method": method, "rows": config.rows, "length": config.length, **versions
+    }  # fmt: skip
 
 
 def plans(config: ScalingConfig) -> list[dict[str, Any]]:
     """Plans all that the file does not hold yet, and returns all of this configuration."""
     file = config.out / "plans.jsonl"
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = list(_read(file))
     wanted = [(n, d, m) for n in config.models for d in config.devices for m in config.methods]
     found = []
     with progress("planning", len(wanted)) as advance:
@@ -88,7 +98,8 @@ def plans(config: ScalingConfig) -> list[dict[str, Any]]:
                 try:
                     row = key | planned(config, name, device, method)
                 except InputError as error:
-                    row = key | {"problem": str(error)}
+                    row = key | {"problem": str(error)}  # not kept: a compiler may be installed by the next call
+            if "problem" not in row and row not in known:
                 with file.open("a") as opened:
                     opened.write(json.dumps(row) + "\n")
             found.append(row)
@@ -96,12 +107,19 @@ def plans(config: ScalingConfig) -> list[dict[str, Any]]:
     return found
 
 
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of the file: a call that was killed may have left half of one."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Draws peak memory and time of a step against the number of devices."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(11, 5.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for panel, name, what, unit in ((left, "peak", "peak memory of each, GB", 1e-9), (right, "seconds", "ms", 1e3)):
@@ -123,7 +141,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     memory = next((row["memory"] for row in rows if "memory" in row), None)
     if memory:
         left.axhline(memory / 1e9, color="black", linewidth=0.8, label="memory of a device")
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=3)
     figure.savefig(file)
 
 
@@ -136,6 +154,9 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(f"unknown method {method!r}; known: {', '.join(_METHODS)}")
     for device in config.devices:
         device_count(device)
+    for name in ("rows", "length"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
     check_writable(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     rows = plans(config)

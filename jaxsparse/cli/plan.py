@@ -20,18 +20,20 @@ from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch
 from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.fused import fuse, is_divisible
-from jaxsparse.methods.registry import options_class
+from jaxsparse.engine.sharding import Selection, row_parts
+from jaxsparse.methods.registry import constructor_of, options_class
 from jaxsparse.models.checkpoints import load_config
 from jaxsparse.models.functional import LanguageModel
-from jaxsparse.models.sharding import mesh_sizes
 from jaxsparse.plan.absent import device_count, use_cpu
-from jaxsparse.plan.steps import StepPlan, absent_sharding, plan_step
+from jaxsparse.plan.steps import StepPlan, absent_mesh, absent_sharding, plan_step
 from jaxsparse.train.config import DataConfig, FinetuneConfig, ModelConfig, OptimizerConfig, Options, RunConfig
 from jaxsparse.train.optimizer import make_method
 
 __all__ = ["PlanConfig", "main"]
 
-_WIDTH = 130
+_WIDTH = 150
+_MOST_TOKENS = 2**31 - 1  # an index of 32 bits reaches no further
+_LACKS_MEMORY = "does not fit"
 _REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")  # from the fastest to the smallest
 
 
@@ -54,8 +56,12 @@ class PlanConfig(Generic[Options]):
     """h100, v5e, v5p; or several as h100x8, v5e-16, v5p-64 (chips)."""
     mesh: str | None = None
     """How several devices divide the model, such as data=2,fsdp=4,tensor=2; None: all along fsdp."""
+    selection: Selection = "per_shard"
+    """Who picks entries by the gradient: every tensor shard its own part, or all together (global)."""
     batch: int = 4
     """Rows per optimizer step."""
+    micro_batches: int = 1
+    """Split every batch into so many parts, whose gradients are averaged: less memory, same step."""
     max_length: int = 768
     """Tokens of a row."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -85,14 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments, compiles, and prints what was found; 1 where the method does not fit."""
     use_cpu()
     config = parse(lambda given: PlanConfig[options_class(given.get("method", "gasdu"))], "jaxsparse plan", arguments)  # type: ignore[misc]
-    device_count(config.device)
-    for name in ("batch", "max_length"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
-    _rows_together(config)
-    positions = load_config(config.model).max_position_embeddings
-    if config.fit != "max-length" and config.max_length > positions:
-        raise InputError(f"max_length={config.max_length} is more than the {positions} positions of {config.model}")
+    _check(config)
     if config.fit is not None:
         config = _fitted(config)
     names = [config.method, *(name for name in config.compare if name != config.method)]
@@ -100,9 +99,33 @@ def main(arguments: Sequence[str]) -> int:
     with progress(f"compiling for {config.device}", len(names)) as advance:
         for name in names:
             rows.append(_row(config, name))
+            if name == config.method and rows[0].plan is None and _LACKS_MEMORY not in str(rows[0].problem):
+                raise InputError(str(rows[0].problem))
             advance(1, name)
     (_print_json if config.json else _print)(config, rows)
     return 0 if rows[0].plan is not None and rows[0].plan.fits else 1
+
+
+def _check(config: PlanConfig[Any]) -> None:
+    """Whatever can be wrong before anything is compiled."""
+    positions = load_config(config.model).max_position_embeddings
+    for name in ("batch", "max_length", "micro_batches"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in config.compare:
+        constructor_of(name)
+    together = _rows_together(config)
+    if config.fit != "max-length" and config.max_length > positions:
+        raise InputError(f"max_length={config.max_length} is more than the {positions} positions of {config.model}")
+    if config.fit != "batch" and config.batch % together:
+        nearest = max(together, config.batch // together * together)
+        raise InputError(
+            f"batch={config.batch} cannot be shared equally: along data and fsdp, and in micro_batches="
+            f"{config.micro_batches}, it must be a multiple of {together}, such as {nearest}"
+        )
+    if config.batch * config.max_length > _MOST_TOKENS:
+        most, length = _MOST_TOKENS // config.max_length, config.max_length
+        raise InputError(f"batch={config.batch} is too large to be planned at max_length={length}; at most {most}")
 
 
 def _another(config: PlanConfig[Any], method: str) -> PlanConfig[Any]:
@@ -119,9 +142,8 @@ def _row(config: PlanConfig[Any], method: str) -> _Row:
 
 
 def _plan(config: PlanConfig[Any]) -> tuple[StepPlan, int]:
-    sharding = absent_sharding(config.device, config.mesh)
-    row_parts = 1 if sharding is None else sharding.row_parts
-    model = LanguageModel(load_config(config.model), config.remat, row_parts=row_parts)
+    sharding = absent_sharding(config.device, config.mesh, config.selection)
+    model = LanguageModel(load_config(config.model), config.remat, row_parts=row_parts(sharding))
     params = model.abstract(jnp.dtype(config.dtype))
     # Where to read rows and where to write is of no matter here.
     files = DataConfig(Path("-")), RunConfig(Path("-"))
@@ -131,7 +153,7 @@ def _plan(config: PlanConfig[Any]) -> tuple[StepPlan, int]:
     )  # fmt: skip
     method = make_method(told, params, 1000, model.config.head_dim)
     divided = sharding if is_divisible(method.description) else None
-    tuner = fuse(model.loss, method, has_aux=True, sharding=divided)
+    tuner = fuse(model.loss, method, has_aux=True, accumulate=config.micro_batches, sharding=divided)
     shape = config.batch, config.max_length
     whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     number: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -161,7 +183,7 @@ def _fitted(config: PlanConfig[Any]) -> PlanConfig[Any]:
         raise InputError(f"no remat fits in {config.device}; give a smaller --batch or --max-length, or more devices")
     name = "batch" if config.fit == "batch" else "max_length"
     longest = load_config(config.model).max_position_embeddings if name == "max_length" else 2**20
-    step = 64 if name == "max_length" else _rows_together(config)
+    step = min(64, longest) if name == "max_length" else _rows_together(config)
 
     def with_size(number: int) -> PlanConfig[Any]:
         size = number * step
@@ -179,19 +201,18 @@ def _fitted(config: PlanConfig[Any]) -> PlanConfig[Any]:
 
 
 def _rows_together(config: PlanConfig[Any]) -> int:
-    """How many rows the devices take together at least; the mesh is checked."""
-    _, count = device_count(config.device)
-    sizes = mesh_sizes(f"fsdp={count}" if config.mesh is None else config.mesh, count)
-    return sizes["data"] * sizes["fsdp"]
+    """How many rows a batch has at least, of which every other number is a multiple; the mesh is checked."""
+    sizes = absent_mesh(config.device, config.mesh)
+    return sizes["data"] * sizes["fsdp"] * config.micro_batches
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number that fits, by doubling and then by halves; 0 if none does."""
+    """The largest number that fits, exactly, by doubling and then by halves; 0 if none does."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)
-    while high - low > max(1, low // 16):
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -201,7 +222,7 @@ def _fits(config: PlanConfig[Any], what: str) -> bool:
     try:
         plan, _ = _plan(config)
     except InputError as error:
-        if "does not fit" not in str(error):
+        if _LACKS_MEMORY not in str(error):
             raise
         plan = None
     says = "does not fit" if plan is None or not plan.fits else "fits"
@@ -213,9 +234,8 @@ def _fits(config: PlanConfig[Any], what: str) -> bool:
 
 
 def _print_json(config: PlanConfig[Any], rows: Sequence[_Row]) -> None:
-    said = {
-        name: getattr(config, name) for name in ("model", "device", "mesh", "batch", "max_length", "dtype", "remat")
-    }
+    names = ("model", "device", "mesh", "selection", "batch", "micro_batches", "max_length", "dtype", "remat")
+    said = {name: getattr(config, name) for name in names}
     plans = [
         {"method": row.method, "problem": row.problem, "delta_bytes": row.delta_bytes}
         | ({} if row.plan is None else dataclasses.asdict(row.plan) | {"fits": row.plan.fits})
@@ -236,7 +256,17 @@ def _print(config: PlanConfig[Any], rows: Sequence[_Row]) -> None:
         f"{config.model} on {config.device}{mesh}: {config.batch} rows of {config.max_length} tokens, {config.dtype}, "
         f"remat {config.remat}"
     )
-    names = ("peak GB" + each, "weights", "optimizer", "temporary", "fits", "Tflop", "GB moved", "ms at least")
+    names = (
+        "peak GB" + each,
+        "weights",
+        "optimizer",
+        "activations",
+        "other",
+        "fits",
+        "Tflop",
+        "GB moved",
+        "ms at least",
+    )
     for name in ("method", *names, "refreshing", "tokens/s at most", "delta MB"):
         table.add_column(name, justify="left" if name in ("method", "fits") else "right")
     for row in rows:
@@ -251,7 +281,7 @@ def _print(config: PlanConfig[Any], rows: Sequence[_Row]) -> None:
 
 
 def _cells(plan: StepPlan) -> list[str]:
-    sizes = (plan.peak, plan.weights, plan.optimizer, plan.temporaries)
+    sizes = (plan.peak, plan.weights, plan.optimizer, plan.activations, plan.temporaries)
     parts = [f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.1g}" for size in sizes]
     work = [f"{plan.flops / 1e12:.1f}", f"{plan.bytes / 1e9:.1f}"]
     times = [f"{1e3 * plan.seconds:.3g}", f"{1e3 * plan.refresh_seconds:.3g}", f"{plan.tokens_per_second:,.0f}"]

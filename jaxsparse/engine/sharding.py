@@ -14,7 +14,7 @@ from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.subspaces.targets import MatrixView, ResolvedTarget, matrix_view
 
-__all__ = ["Divided", "Selection", "Sharding", "shared_equally"]
+__all__ = ["Divided", "Selection", "Sharding", "row_parts", "shared_equally"]
 
 Selection = Literal["per_shard", "global"]
 Axes = tuple[str, ...]
@@ -282,6 +282,11 @@ class Divided:
         return written.reshape(weight.shape)
 
 
+def row_parts(sharding: Sharding | None) -> int:
+    """Returns how many devices share the rows of a batch; 1 where nothing is divided."""
+    return 1 if sharding is None else sharding.row_parts
+
+
 def shared_equally(divided: Divided, path: str, support: Int[Array, "stack k ..."]) -> Int[Array, "stack slots ..."]:
     """Returns a support of as many slots as shards can own equal parts of: a few fewer, where k is no multiple.
 
@@ -294,9 +299,9 @@ def shared_equally(divided: Divided, path: str, support: Int[Array, "stack k ...
         InputError: there are fewer slots than shards.
     """
     count, shards = support.shape[1], divided.shards
-    if shards > 1 and count < shards:  # a matrix may have none at all under a global budget
+    if shards > 1 and count < shards:  # alone, a matrix may have none at all under a global budget
         raise InputError(
             f"parameter {path} has {count} slots a matrix, fewer than the {shards} shards that pick their own: give a "
-            "larger density or budget, fewer tensor shards, or --selection global"
+            "larger density or budget, fewer tensor shards, or selection='global' (--selection global)"
         )
     return support[:, : count // shards * shards]

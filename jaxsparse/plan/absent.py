@@ -1,5 +1,6 @@
 """Compiling for an accelerator that this machine does not have."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -7,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +36,7 @@ class Gpu:
         shared_memory: bytes a multiprocessor.
         shared_memory_of_block: bytes a block may ask for.
         flops: of dense products in bfloat16, a second.
+        wide_flops: of those in float32, for which JAX takes TF32 unless told otherwise.
     """
 
     description: str
@@ -46,6 +49,7 @@ class Gpu:
     shared_memory: int
     shared_memory_of_block: int
     flops: float
+    wide_flops: float
 
     def target_config(self) -> str:
         """Returns the description in XLA's own format, the text of a GpuTargetConfigProto."""
@@ -83,6 +87,15 @@ class Tpu:
     bandwidth: int
     memory: int
 
+    @property
+    def wide_flops(self) -> float:
+        """Of dense products in float32: JAX rounds their factors to bfloat16 there unless told otherwise."""
+        return self.flops
+
+
+# Of control groups, version 2 and version 1.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -90,16 +103,22 @@ class Cpu:
 
     Attributes:
         flops: unknown.
+        wide_flops: unknown.
         bandwidth: unknown.
     """
 
     flops: float = math.inf
+    wide_flops: float = math.inf
     bandwidth: float = math.inf
 
     @property
     def memory(self) -> int:
-        """Bytes of the machine's memory."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """Bytes of memory: the machine's, or fewer where a container may take no more."""
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        for file in _CONTAINER_LIMITS:
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+                limits.append(int(file.read_text()))
+        return min(limits)
 
 
 # The same on every GPU since 2020 (CUDA C++ Programming Guide, "Compute Capabilities").
@@ -129,6 +148,7 @@ DEVICES: dict[str, Gpu | Tpu | Cpu] = {
         shared_memory=228 * 1024,
         shared_memory_of_block=227 * 1024,
         flops=989e12,
+        wide_flops=495e12,
     ),
     # Google Cloud, "TPU v5e" and "TPU v5p": system architecture.
     "v5e": Tpu(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-__all__ = ["Cost", "cost_of"]
+__all__ = ["Cost", "cost_of", "kept_for_backward"]
 
 # Operations that read and write memory of their own; elementwise ones and sums are taken as fused into these.
 _MOVES = {"dot_general", "conv_general_dilated", "gather", "dynamic_slice", "top_k", "approx_top_k", "sort", "cumsum"}
@@ -23,21 +24,28 @@ class Cost:
 
     Attributes:
         flops: floating-point operations of its products.
+        wide_flops: of them those of products with a factor wider than 16 bits.
         bytes: what products, look-ups, sorts and scatters read and write at least; all else is taken as fused into
             them.
         unknown_loops: loops of which nobody knows how often they run; their bodies are counted once.
     """
 
     flops: float = 0.0
+    wide_flops: float = 0.0
     bytes: float = 0.0
     unknown_loops: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.unknown_loops + other.unknown_loops)
+        return Cost(
+            self.flops + other.flops,
+            self.wide_flops + other.wide_flops,
+            self.bytes + other.bytes,
+            self.unknown_loops + other.unknown_loops,
+        )
 
     def times(self, count: int) -> "Cost":
         """Returns the cost of so many of these."""
-        return Cost(self.flops * count, self.bytes * count, self.unknown_loops)
+        return Cost(self.flops * count, self.wide_flops * count, self.bytes * count, self.unknown_loops)
 
 
 def cost_of(function: Callable[..., Any], *arguments: Any, refresh: bool = False) -> Cost:
@@ -89,7 +97,7 @@ def _of_equation(equation: Any, refresh: bool) -> Cost:
         # Of a function with derivatives of its own: the function, not its rules.
         return _of(inner[0], refresh)
     flops = _flops_of_product(equation) if name == "dot_general" else 0.0
-    return Cost(flops, _bytes(equation))
+    return Cost(flops, flops if _is_wide(equation) else 0.0, _bytes(equation))
 
 
 def _of_branches(costs: list[Cost], refresh: bool) -> Cost:
@@ -101,8 +109,9 @@ def _of_kernel(equation: Any) -> Cost:
     """What a Pallas kernel says of itself, or its operands and results once."""
     estimate = equation.params.get("cost_estimate")
     if estimate is not None:
-        return Cost(float(estimate.flops), float(estimate.bytes_accessed))
-    return Cost(0.0, sum(map(_size, [*equation.invars, *equation.outvars])))
+        flops = float(estimate.flops)
+        return Cost(flops, flops if _is_wide(equation) else 0.0, float(estimate.bytes_accessed))
+    return Cost(bytes=sum(map(_size, [*equation.invars, *equation.outvars])))
 
 
 def _plain(jaxpr: Any) -> core.Jaxpr:
@@ -113,6 +122,12 @@ def _flops_of_product(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     return 2.0 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _is_wide(equation: Any) -> bool:
+    """Whether a floating-point operand has more than 16 bits."""
+    dtypes = [getattr(variable.aval, "dtype", None) for variable in equation.invars]
+    return any(dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2 for dtype in dtypes)
 
 
 def _bytes(equation: Any) -> float:
@@ -129,3 +144,28 @@ def _size(variable: Any) -> float:
     if not hasattr(aval, "shape") or not hasattr(aval.dtype, "itemsize"):
         return 0.0
     return float(np.prod(aval.shape, dtype=float) * aval.dtype.itemsize)
+
+
+def kept_for_backward(function: Callable[..., Any], *arguments: Any) -> float:
+    """Returns the bytes of activations that a step keeps of all its layers from the forward to the backward pass.
+
+    A model whose layers are a scan, as ours are, stacks them; the backward pass is the scan that runs in reverse.
+
+    Args:
+        function: the step.
+        arguments: its arguments; arrays, or their shapes.
+    """
+    return _stacked(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _stacked(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "scan":
+            if not params["reverse"]:
+                total += sum(map(_size, equation.outvars[params["num_carry"] :]))
+            continue
+        inner = [_plain(value) for value in params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+        total += sum(map(_stacked, inner[:1]))
+    return total

@@ -12,13 +12,13 @@ from jaxtyping import PyTree
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.engine.fused import FusedTuner
-from jaxsparse.engine.sharding import Sharding
+from jaxsparse.engine.sharding import Selection, Sharding, row_parts
 from jaxsparse.engine.tuner import Tuner, TunerState
 from jaxsparse.models.sharding import mesh_sizes, partition_spec
 from jaxsparse.plan.absent import DEVICES, absent_devices, compile_for, device_count
-from jaxsparse.plan.costs import Cost, cost_of
+from jaxsparse.plan.costs import Cost, cost_of, kept_for_backward
 
-__all__ = ["StepPlan", "absent_sharding", "plan_step"]
+__all__ = ["StepPlan", "absent_mesh", "absent_sharding", "plan_step"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class StepPlan:
         peak: the most memory in use at a time, in bytes.
         weights: of it the model's weights.
         optimizer: the state beside them: slots, masters, moments.
-        temporaries: activations and all else that a step makes and drops.
+        activations: of it what the forward pass keeps of all layers for the backward pass, by the step's jaxpr; never
+            more than what is left beside weights and optimizer.
+        temporaries: all else that a step makes and drops.
         memory: what the device has.
         flops: of a step that picks no support.
         refresh_flops: of one that does.
-        bytes: that a step moves, at least; of all devices' part one's.
+        bytes: that a step moves, at least: those of its products, and state, gradient and weight of every entry that
+            is trained, read and written once; of all devices' part one's.
         refresh_bytes: that a picking step moves.
         seconds: that a step takes at least, on a device that computes and moves as fast as it can.
         refresh_seconds: that a picking step takes at least.
@@ -43,6 +46,7 @@ class StepPlan:
     peak: int
     weights: int
     optimizer: int
+    activations: int
     temporaries: int
     memory: int
     flops: float
@@ -59,8 +63,8 @@ class StepPlan:
         return self.peak <= self.memory
 
 
-def absent_sharding(device: str, mesh: str | None) -> Sharding | None:
-    """Returns how one of our models is divided over devices that are not here; None for a single one.
+def absent_mesh(device: str, mesh: str | None) -> dict[str, int]:
+    """Returns the sizes of the axes by which devices that are not here divide a model.
 
     Args:
         device: such as "v5e-16".
@@ -68,13 +72,32 @@ def absent_sharding(device: str, mesh: str | None) -> Sharding | None:
 
     Raises:
         InputError: see `device_count` and `mesh_sizes`.
+
+    Example:
+        >>> absent_mesh("v5e-16", "fsdp=8,tensor=2")
+        {'data': 1, 'fsdp': 8, 'tensor': 2}
     """
     _, count = device_count(device)
-    sizes = mesh_sizes(mesh or f"fsdp={count}", count)
-    if count == 1:
+    return mesh_sizes(f"fsdp={count}" if mesh is None else mesh, count)
+
+
+def absent_sharding(device: str, mesh: str | None, selection: Selection = "per_shard") -> Sharding | None:
+    """Returns how one of our models is divided over devices that are not here; None for a single one.
+
+    Args:
+        device: such as "v5e-16".
+        mesh: as `absent_mesh` takes it.
+        selection: as `js.Sharding` takes it.
+
+    Raises:
+        InputError: as `absent_mesh`.
+    """
+    sizes = absent_mesh(device, mesh)
+    if math.prod(sizes.values()) == 1:
         return None
     devices = np.array(absent_devices(device)).reshape(tuple(sizes.values()))
-    return Sharding(Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)), partition_spec)
+    axes = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Sharding(axes, partition_spec, selection=selection)
 
 
 def plan_step(
@@ -105,15 +128,20 @@ def plan_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise InputError(f"it does not fit in {device}: {_first_line(error)}") from error
-    costs = [cost_of(step, state, batch, refresh=refresh) for refresh in (False, True)]
-    weights = _bytes(shapes[0].params)
+    weights, optimizer = _bytes(shapes[0].params), _bytes(shapes[0].method)
+    moved = count * _bytes_of_update(tuner, state, optimizer)
+    costs = [cost_of(step, state, batch, refresh=refresh) + Cost(bytes=moved) for refresh in (False, True)]
     described = DEVICES[name]
     seconds = [_seconds(cost, count, described) for cost in costs]
+    rest = compiled.peak_bytes - weights - optimizer
+    kept = kept_for_backward(step, state, batch) / row_parts(sharding)
+    activations = max(0, min(round(kept), rest))
     return StepPlan(
         peak=compiled.peak_bytes,
         weights=weights,
-        optimizer=_bytes(shapes[0]) - weights,
-        temporaries=compiled.peak_bytes - _bytes(shapes[0]),
+        optimizer=optimizer,
+        activations=activations,
+        temporaries=rest - activations,
         memory=described.memory,
         flops=costs[0].flops / count,
         refresh_flops=costs[1].flops / count,
@@ -126,7 +154,25 @@ def plan_step(
 
 
 def _seconds(cost: Cost, count: int, device: Any) -> float:
-    return max(cost.flops / device.flops, cost.bytes / device.bandwidth) / count
+    computing = (cost.flops - cost.wide_flops) / device.flops + cost.wide_flops / device.wide_flops
+    return max(computing, cost.bytes / device.bandwidth) / count
+
+
+def _bytes_of_update(tuner: Tuner, state: TunerState, optimizer: int) -> float:
+    """What updating moves on a device: the optimizer's state, and gradient and weight of every entry that is trained.
+
+    Each is read and written once, however well XLA fuses: elementwise work, which `cost_of` leaves out.
+    """
+    share = optimizer / max(_whole_bytes(state.method), 1)
+    entries = jax.tree.leaves(tuner.description.slots(state.params))
+    # Gradients and weights have the width of the weights, the widest of them.
+    width = max((jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state.params)), default=0)
+    trained = sum(math.prod(entry.shape) for entry in entries)
+    return 2 * optimizer + 4 * width * trained * share
+
+
+def _whole_bytes(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _placed(tuner: Tuner, state: TunerState, sharding: Sharding) -> TunerState:

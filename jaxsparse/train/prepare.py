@@ -18,7 +18,7 @@ from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.engine.description import SubspaceTransformation, count_slots
-from jaxsparse.engine.sharding import Sharding
+from jaxsparse.engine.sharding import Sharding, row_parts
 from jaxsparse.engine.tuner import Tuner
 from jaxsparse.evaluate.held_out import HeldOut, encode_held_out
 from jaxsparse.models.checkpoints import Checkpoint, load
@@ -93,8 +93,7 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     method = make_method(config, base.params, steps, base.config.head_dim)
     if sharding is not None:
         base = dataclasses.replace(base, params=jax.tree.map(placed, base.params, sharding.of(base.params)))
-    row_parts = 1 if sharding is None else sharding.row_parts
-    model, held_out = LanguageModel(base.config, config.base.remat, row_parts=row_parts), None
+    model, held_out = LanguageModel(base.config, config.base.remat, row_parts=row_parts(sharding)), None
     count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]

@@ -34,7 +34,8 @@ def model(tmp_path):
 
 def planned(model, capsys, *flags, status=0):
     capsys.readouterr()
-    given = ["plan", "--model", model, "--density", "0.01", "--batch", "8", "--max-length", "64", "--json", *flags]
+    density = [] if "full" in flags else ["--density", "0.01"]
+    given = ["plan", "--model", model, *density, "--batch", "8", "--max-length", "64", "--json", *flags]
     assert main(given) == status
     return json.loads(capsys.readouterr().out)
 
@@ -54,7 +55,8 @@ def test_parts_add_up_and_full_takes_most(device, model, capsys):
     plans = {row["method"]: row for row in said["plans"]}
     assert list(plans) == ["gasdu", "full", "lora"]
     for row in plans.values():
-        assert row["peak"] == row["weights"] + row["optimizer"] + row["temporaries"]
+        assert row["peak"] == row["weights"] + row["optimizer"] + row["activations"] + row["temporaries"]
+        assert row["temporaries"] > 0
         assert row["fits"]
         assert row["refresh_flops"] >= row["flops"] > 0
     weights = plans["gasdu"]["weights"]
@@ -65,6 +67,36 @@ def test_parts_add_up_and_full_takes_most(device, model, capsys):
     slots = 2 * 4 * round(0.01 * 64 * 64)
     assert plans["gasdu"]["delta_bytes"] == round(2.75 * slots)
     assert (plans["gasdu"]["seconds"] > 0) == (device != "cpu")
+
+
+def test_activations_are_what_the_layers_keep_and_grow_with_rows_and_without_remat(model, capsys):
+    def gasdu(*flags):
+        return planned(model, capsys, "--device", "cpu", "--compare", *flags)["plans"][0]
+
+    full, none = gasdu("--remat", "full"), gasdu("--remat", "none")
+    assert full["activations"] == 2 * 8 * 64 * 64 * 2  # the input of each of two layers: rows, tokens, width, bytes
+    assert none["activations"] > 5 * full["activations"]
+    twice = gasdu("--remat", "full", "--batch", "16")
+    assert twice["activations"] == pytest.approx(2 * full["activations"], rel=1e-3)
+    assert twice["peak"] - full["peak"] >= full["activations"]
+    assert gasdu("--remat", "none", "--micro-batches", "4")["peak"] < none["peak"]
+
+
+def test_updating_moves_the_optimizers_state(model, capsys):
+    there("h100")
+    full = planned(model, capsys, "--device", "h100", "--method", "full", "--compare")["plans"][0]
+    # Moments and masters, gradient and weight, each read and written.
+    assert full["bytes"] > 2 * full["optimizer"] + 4 * full["weights"]
+
+
+def test_products_in_float32_take_their_own_time(model, capsys):
+    there("h100")
+    narrow, wide = (
+        planned(model, capsys, "--device", "h100", "--dtype", dtype, "--compare")["plans"][0]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert narrow["flops"] == pytest.approx(wide["flops"], rel=0.05)
+    assert wide["seconds"] > 1.5 * narrow["seconds"]
 
 
 @pytest.mark.parametrize(("device", "mesh"), [("v5e-8", "data=2,fsdp=2,tensor=2"), ("h100x8", None)])
@@ -113,6 +145,14 @@ def test_the_longest_rows_and_the_fastest_remat_that_fit_are_found(model, capsys
         (["--device", "h100x9"], "GPUs come singly up to 8, then in multiples of 8"),
         (["--device", "cpux2"], "there is one CPU"),
         (["--batch", "0"], "batch must be at least 1"),
+        (
+            ["--batch", "1000000000000"],
+            "batch=1000000000000 is too large to be planned at max_length=768; at most 2796202",
+        ),
+        (["--micro-batches", "3"], "it must be a multiple of 3, such as 3"),
+        (["--device", "v5e-8", "--batch", "12"], "it must be a multiple of 8, such as 8"),
+        (["--compare", "nothing"], "unknown method 'nothing'"),
+        (["--budget", "0.1"], "density"),
         (["--max-length", "2000"], "max_length=2000 is more than the 1024 positions of"),
         (["--device", "v5e-8", "--mesh", "fsdp=3"], "has 3 devices, but there are 8"),
         (["--device", "v5e-8", "--mesh", ""], "mesh axis '' is unknown"),
@@ -123,11 +163,10 @@ def test_bad_input_ends_in_one_line(flags, message, model, capsys):
 
 
 def test_what_a_method_cannot_do_is_said_of_it_alone(model, capsys):
-    said = planned(model, capsys, "--device", "cpu", "--compare", "smt", "nothing")
+    said = planned(model, capsys, "--device", "cpu", "--compare", "smt")
     problems = {row["method"]: row["problem"] for row in said["plans"]}
     assert problems["gasdu"] is None
     assert problems["smt"]
-    assert "unknown method 'nothing'" in problems["nothing"]
     message = fails(["plan", "--model", model, "--density", "0.01", "--device", "cpu", "--mesh", "data=2"], capsys)
     assert "but there are 1; data=1 would work" in message
 

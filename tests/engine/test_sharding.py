@@ -71,8 +71,7 @@ class Run:
 
     def __init__(self, method, shape=None, selection="global", dtype=jnp.float64, accumulate=1, remat="none"):
         self.sharding = None if shape is None else js.Sharding(mesh_of(shape), specs, selection=selection)
-        row_parts = 1 if shape is None else self.sharding.row_parts
-        self.model = LanguageModel(CONFIG, remat, row_parts=row_parts)
+        self.model = LanguageModel(CONFIG, remat, row_parts=row_parts(None if shape is None else self.sharding))
         self.params = random_params(self.model, np.random.default_rng(1), dtype)
         self.tuner = js.fuse(self.model.loss, method, has_aux=True, accumulate=accumulate, sharding=self.sharding)
         self.state, self.rng = self.tuner.init(self.params), np.random.default_rng(2)
