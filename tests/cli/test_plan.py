@@ -34,7 +34,7 @@ def model(tmp_path):
 
 def planned(model, capsys, *flags, status=0):
     capsys.readouterr()
-    density = [] if "full" in flags else ["--density", "0.01"]
+    density = [] if "--method" in flags else ["--density", "0.01"]
     given = ["plan", "--model", model, *density, "--batch", "8", "--max-length", "64", "--json", *flags]
     assert main(given) == status
     return json.loads(capsys.readouterr().out)
