@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +26,17 @@ from jaxsparse.data.arithmetic import generate_problems
 from jaxsparse.deltas import Delta
 from jaxsparse.plan.absent import use_cpu
 
+_START_SECONDS = 8.0
+"""A start takes about so long until the first step."""
+_PASSED_OVER = "checkpoint passed over"
+
 
 @dataclass(frozen=True)
 class KillConfig:
     """Fine-tunes a tiny model once in peace, and once killed by SIGKILL at random moments and resumed.
 
-    After every kill it checks that no checkpoint that lay there whole is lost, and at the end that both deltas are the
-    same bit for bit.
+    After every kill it checks that no checkpoint that lay there is lost, and by the next start that the newest could be
+    read; at the end that both deltas are the same bit for bit.
 
     Example: python -m experiments.kill_and_resume --kills 20
     """
@@ -41,6 +45,8 @@ class KillConfig:
     """How often to kill."""
     during_saves: float = 0.5
     """The share of kills that wait for a checkpoint to be being written."""
+    early: float = 0.15
+    """The share of kills at any moment from the start on, before the run has saved anything too."""
     steps: int = 400
     """Optimizer steps of the run."""
     every: int = 2
@@ -60,15 +66,19 @@ class Outcome:
     Attributes:
         kills: how often the run was killed.
         during_saves: of these while a checkpoint was being written.
-        finished_early: starts that ended before they could be killed.
-        lost: checkpoints that were there whole and then were not, nor a newer one.
+        early: of these before the run that was killed had saved anything.
+        lost: checkpoints that were there and then were not, nor a newer one.
+        torn: checkpoints that a start found damaged and passed over.
+        steps: of the newest checkpoint at every kill; -1 where there was none.
         same_bits: whether the delta is that of the run in peace.
     """
 
     kills: int = 0
     during_saves: int = 0
-    finished_early: int = 0
+    early: int = 0
     lost: int = 0
+    torn: int = 0
+    steps: list[int] = field(default_factory=list)
     same_bits: bool = False
 
 
@@ -97,15 +107,38 @@ def whole(checkpoints: Path) -> list[str]:
 def kill_once(config: KillConfig, arguments: list[str], out: Path, rng: random.Random, outcome: Outcome) -> bool:
     """Starts the run and kills it at a random moment; returns whether it had ended before."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache")}
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(arguments, env=environment, stdout=quiet, stderr=quiet)
-    before, checkpoints = whole(out / "checkpoints"), out / "checkpoints"
-    # Not before it has done something: a start alone takes seconds.
-    wants_save = rng.random() < config.during_saves
-    saves, pause = rng.randint(1, 4), rng.uniform(0, 0.4)
-    while process.poll() is None and whole(checkpoints) == before:
-        time.sleep(0.002)
-    if wants_save:
+    before, checkpoints, start = whole(out / "checkpoints"), out / "checkpoints", time.monotonic()
+    with (out.parent / "said").open("w+") as said:
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+        kind = rng.random()
+        at_any_time, wants_save = kind < config.early, kind > 1 - config.during_saves
+        saves, pause, delay = rng.randint(1, 4), rng.uniform(0, 0.4), rng.uniform(0, _START_SECONDS)
+        # But for those, not before it has done something: a start alone takes seconds.
+        while process.poll() is None and whole(checkpoints) == before:
+            if at_any_time and time.monotonic() - start > delay:
+                break
+            time.sleep(0.002)
+        _wait(process, checkpoints, saves if wants_save and not at_any_time else 0, 0 if at_any_time else pause)
+        there, writing = whole(checkpoints), any(checkpoints.glob(".step_*"))
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        said.seek(0)
+        outcome.torn += _PASSED_OVER in said.read()
+    if ended:
+        return True
+    left = whole(checkpoints)
+    outcome.kills += 1
+    outcome.during_saves += writing
+    outcome.early += there == before
+    outcome.steps.append(int(left[-1].removeprefix("step_")) if left else -1)
+    outcome.lost += bool(there and (not left or left[-1] < there[-1]))
+    return False
+
+
+def _wait(process: subprocess.Popen[bytes], checkpoints: Path, saves: int, pause: float) -> None:
+    """Until so many checkpoints have been begun; where none is waited for, a moment."""
+    if saves:
         seen = 0
         while process.poll() is None and seen < saves:
             writing = any(checkpoints.glob(".step_*"))
@@ -114,19 +147,6 @@ def kill_once(config: KillConfig, arguments: list[str], out: Path, rng: random.R
                 time.sleep(0.0005)
     else:
         time.sleep(pause)
-    there, writing = whole(checkpoints), any(checkpoints.glob(".step_*"))
-    ended = process.poll() is not None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if ended:
-        outcome.finished_early += 1
-        return True
-    outcome.kills += 1
-    outcome.during_saves += writing
-    left = whole(checkpoints)
-    if there and (not left or left[-1] < there[-1]):
-        outcome.lost += 1
-    return False
 
 
 def run(config: KillConfig, folder: Path) -> Outcome:
@@ -143,7 +163,9 @@ def run(config: KillConfig, folder: Path) -> Outcome:
             if kill_once(config, command(config, model, data, war), war, rng, outcome):
                 raise InputError(f"the run ended after {outcome.kills} kills; give more --steps")
             advance(1, f"{whole(war / 'checkpoints')[-1:]}")
-        subprocess.run(command(config, model, data, war), env=environment, stdout=quiet, stderr=quiet, check=True)
+        last = command(config, model, data, war)
+        said = subprocess.run(last, env=environment, stdout=quiet, stderr=subprocess.PIPE, text=True, check=True).stderr
+        outcome.torn += _PASSED_OVER in said
         advance(1, "resumed to the end")
     outcome.same_bits = same(deltas.load(peace / "delta"), deltas.load(war / "delta"))
     return outcome
@@ -167,11 +189,14 @@ def main(arguments: Sequence[str]) -> int:
     if config.json:
         print(json.dumps(said))
     else:
+        steps = ", ".join(map(str, outcome.steps))
         print(
-            f"killed {outcome.kills} times, {outcome.during_saves} of them while a checkpoint was being written; "
-            f"{outcome.lost} checkpoints lost; {'the same bits' if outcome.same_bits else 'OTHER BITS'} at the end"
+            f"killed {outcome.kills} times, {outcome.during_saves} of them while a checkpoint was being written and "
+            f"{outcome.early} before anything was saved, the newest checkpoints being of steps {steps}; "
+            f"{outcome.lost} checkpoints lost, {outcome.torn} damaged; "
+            f"{'the same bits' if outcome.same_bits else 'OTHER BITS'} at the end"
         )
-    return 0 if outcome.same_bits and not outcome.lost else 1
+    return 0 if outcome.same_bits and not outcome.lost and not outcome.torn else 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Arrays of one process and of several: what a host can read, and which host writes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-__all__ = ["agreed", "alone", "gathered", "is_first", "placed", "to_host", "wait_for_all"]
+from jaxsparse.common.errors import InputError
+
+__all__ = ["agreed", "alone", "gathered", "is_first", "on_first", "placed", "to_host", "wait_for_all"]
+
+_LONGEST_MESSAGE = 4096
 
 
 def is_first() -> bool:
@@ -70,6 +75,32 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Does something on the first process alone; all of them learn that it went well, or why not.
+
+    Args:
+        work: what to do.
+
+    Raises:
+        InputError: what the work raised on the first process, on every process.
+    """
+    said = ""
+    if is_first():
+        try:
+            work()
+        except InputError as error:
+            said = str(error)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        text = np.zeros(_LONGEST_MESSAGE, np.uint8)
+        encoded = np.frombuffer(said.encode()[:_LONGEST_MESSAGE], np.uint8)
+        text[: len(encoded)] = encoded
+        said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode(errors="ignore")
+    if said:
+        raise InputError(said)
 
 
 def wait_for_all(what: str) -> None:

@@ -162,10 +162,11 @@ def _stacked(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         params = equation.params
-        if equation.primitive.name == "scan":
-            if not params["reverse"]:
-                total += sum(map(_size, equation.outvars[params["num_carry"] :]))
-            continue
         inner = [_plain(value) for value in params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
-        total += sum(map(_stacked, inner[:1]))
+        within = sum(map(_stacked, inner[:1]))
+        if equation.primitive.name != "scan":
+            total += within
+        elif not params["reverse"]:
+            # Over layers, what it stacks; over micro-batches, which drop theirs one by one, that of one of them.
+            total += max(within, sum(map(_size, equation.outvars[params["num_carry"] :])))
     return total

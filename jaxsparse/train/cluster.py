@@ -1,10 +1,14 @@
 """Several processes that train one model together, by JAX's own runtime."""
 
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 import jax
 
@@ -19,6 +23,13 @@ LOST = 3
 _LOST = (
     "jaxsparse: another process of this run is lost, and the others cannot go on without it; start all of them again "
     "with --resume"
+)
+
+# What errors say whose cause is another process; all others are one's own, such as too little memory.
+_OF_ANOTHER = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|NCCL|coordination|heartbeat|broken pipe|peer"
+    r"|connection (closed|reset|refused)",
+    re.IGNORECASE,
 )
 
 
@@ -58,7 +69,9 @@ def join(config: ClusterConfig) -> None:
 def watched(work: Callable[[], int]) -> int:
     """Runs the work of one of several processes in a child, and says in a line if the others have gone.
 
-    JAX ends a process without ceremony as soon as it knows that another is lost: its parent is there to explain.
+    JAX ends a process without ceremony as soon as it knows that another is lost: its parent is there to explain. The
+    child does not outlive its parent. SIGTERM and SIGINT have it save and end, which JAX arranges with the others; a
+    second SIGINT ends it at once.
 
     Args:
         work: what to run; returns an exit status.
@@ -66,23 +79,13 @@ def watched(work: Callable[[], int]) -> int:
     Returns:
         The exit status; `LOST` where another process was lost.
     """
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        status = 1
-        try:
-            status = work()
-        except jax.errors.JaxRuntimeError as error:
-            # What a program says whose messages to the others fail; or it is ended by JAX, see below.
-            print(f"{str(error).partition(chr(10))[0]}\n{_LOST}", file=sys.stderr)
-            status = LOST
-        except Exception:  # nobody above would print it
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
+        os.close(write)
+        _work_and_exit(work, read)
+    os.close(read)  # the other end stays open for as long as this process lives
+    _pass_on_signals(child)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
@@ -90,3 +93,38 @@ def watched(work: Callable[[], int]) -> int:
         print(_LOST, file=sys.stderr)
         return LOST
     return 128 + os.WTERMSIG(status)
+
+
+def _work_and_exit(work: Callable[[], int], parent: int) -> NoReturn:
+    """What the child does: the work, unless its parent goes; the pipe `parent` then says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent passes on what it means
+    threading.Thread(target=lambda: (os.read(parent, 1), os._exit(LOST)), daemon=True).start()
+    status = 1
+    try:
+        status = work()
+    except jax.errors.JaxRuntimeError as error:
+        # What a program says whose messages to the others fail; or it is ended by JAX without a word.
+        if _OF_ANOTHER.search(str(error)):
+            print(f"{str(error).partition(chr(10))[0]}\n{_LOST}", file=sys.stderr)
+            status = LOST
+        else:
+            traceback.print_exc()
+    except Exception:  # nobody above would print it
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _pass_on_signals(child: int) -> None:
+    """Has SIGTERM and SIGINT end the child in good order; JAX listens to SIGTERM."""
+    interrupted = False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        os.kill(child, signal.SIGKILL if interrupted else signal.SIGTERM)
+        interrupted = number == signal.SIGINT
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)

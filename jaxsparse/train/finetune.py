@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse import deltas
 from jaxsparse.common.files import atomic_write_text
-from jaxsparse.common.hosts import agreed, gathered, is_first, wait_for_all
+from jaxsparse.common.hosts import agreed, gathered, is_first, on_first, wait_for_all
 from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
@@ -47,8 +47,7 @@ def finetune(config: FinetuneConfig) -> Report | None:
     rows = config.rows
     train_rows = load_rows(rows.data)
     eval_rows = load_rows(rows.eval_data) if rows.eval_data is not None else []
-    if is_first():
-        check_run_folder(config)
+    on_first(lambda: check_run_folder(config))
     return carry_out(prepare(config, train_rows, eval_rows))
 
 
@@ -65,8 +64,7 @@ def carry_out(job: Job) -> Report | None:
         InputError: the run's folder cannot be used.
     """
     config, base = job.config, job.base
-    if is_first():
-        open_run_folder(config)
+    on_first(lambda: open_run_folder(config))
     before = _measured(job, "before", base.params)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(

@@ -100,14 +100,14 @@ def train(
             batch = next(data)
             reporter.step(step, batch, partial(take, batch))
             stop = requests.at(step)
-            if step < steps and (stop or _due(run, step, last_save)):
+            if stop or (step < steps and _due(run, step, last_save)):
                 reporter.flush()
                 moved, method = gathered((dict(_at(state.params, moving)), state.method))
                 if is_first():
                     saver.save(step, moved, method, data.get_state(), vars(totals))
                 last_save = time.monotonic()
                 reporter.restart()
-            if step < steps and stop:
+            if stop:  # after the last step too: to measure takes time that a signal does not leave
                 saver.wait()
                 raise Stopped(stop, step)
         reporter.flush()

@@ -40,6 +40,18 @@ def flat_options(config: Any) -> dict[str, Any]:
     return flat
 
 
+def _defaults(config: Any) -> dict[str, Any]:
+    """The options that have a default, at their defaults."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            flat[field.name] = str(field.default) if isinstance(field.default, Path) else field.default
+    return flat
+
+
 def check_run_folder(config: FinetuneConfig) -> None:
     """Checks that a run may write to its folder. Writes nothing.
 
@@ -53,7 +65,8 @@ def check_run_folder(config: FinetuneConfig) -> None:
         return
     if not config.run.resume:
         raise InputError(f"{out} holds a run already; --resume goes on with it, or give another --out")
-    options, before = flat_options(config), _read_options(out / "config.yaml")
+    # An option that is younger than the run was at its default.
+    options, before = flat_options(config), _defaults(config) | _read_options(out / "config.yaml")
     for name, value in options.items():
         if name not in _FREE_TO_CHANGE and value != before.get(name):
             raise InputError(

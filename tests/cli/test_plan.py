@@ -62,6 +62,8 @@ def test_parts_add_up_and_full_takes_most(device, model, capsys):
     weights = plans["gasdu"]["weights"]
     assert weights == 2 * (2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 96 * 64 + 64)
     assert plans["full"]["optimizer"] > 6 * weights - 100
+    # Moments and masters, gradient and weight, each read and written.
+    assert plans["full"]["bytes"] > 2 * plans["full"]["optimizer"] + 4 * weights
     assert plans["gasdu"]["optimizer"] < 0.2 * weights
     assert plans["gasdu"]["flops"] < 0.9 * plans["full"]["flops"]
     slots = 2 * 4 * round(0.01 * 64 * 64)
@@ -79,24 +81,9 @@ def test_activations_are_what_the_layers_keep_and_grow_with_rows_and_without_rem
     twice = gasdu("--remat", "full", "--batch", "16")
     assert twice["activations"] == pytest.approx(2 * full["activations"], rel=1e-3)
     assert twice["peak"] - full["peak"] >= full["activations"]
-    assert gasdu("--remat", "none", "--micro-batches", "4")["peak"] < none["peak"]
-
-
-def test_updating_moves_the_optimizers_state(model, capsys):
-    there("h100")
-    full = planned(model, capsys, "--device", "h100", "--method", "full", "--compare")["plans"][0]
-    # Moments and masters, gradient and weight, each read and written.
-    assert full["bytes"] > 2 * full["optimizer"] + 4 * full["weights"]
-
-
-def test_products_in_float32_take_their_own_time(model, capsys):
-    there("h100")
-    narrow, wide = (
-        planned(model, capsys, "--device", "h100", "--dtype", dtype, "--compare")["plans"][0]
-        for dtype in ("bfloat16", "float32")
-    )
-    assert narrow["flops"] == pytest.approx(wide["flops"], rel=0.05)
-    assert wide["seconds"] > 1.5 * narrow["seconds"]
+    parts = gasdu("--remat", "none", "--micro-batches", "4")
+    assert parts["peak"] < none["peak"]
+    assert parts["activations"] == pytest.approx(none["activations"] / 4, rel=0.1)
 
 
 @pytest.mark.parametrize(("device", "mesh"), [("v5e-8", "data=2,fsdp=2,tensor=2"), ("h100x8", None)])

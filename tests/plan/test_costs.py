@@ -9,7 +9,9 @@ import pytest
 import jaxsparse as js
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.models.presets import PRESETS
-from jaxsparse.plan.costs import cost_of
+from jaxsparse.plan.absent import DEVICES
+from jaxsparse.plan.costs import Cost, cost_of
+from jaxsparse.plan.steps import _seconds
 from jaxsparse.subspaces.targets import tree_size
 from tests.models.small import random_rows
 
@@ -20,6 +22,18 @@ def test_a_product_counts_twice_its_sizes_and_what_it_reads_and_writes():
     cost = cost_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b.astype(jnp.float32)), A, B)
     assert cost.flops == 2 * 3 * 8 * 16 * 5
     assert cost.bytes == 4 * 3 * (8 * 16 + 16 * 5 + 8 * 5)
+
+
+def test_products_in_float32_are_told_apart_and_take_a_gpu_longer():
+    narrow, wide = (jax.ShapeDtypeStruct((64, 64), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    cost = cost_of(lambda narrow, wide: (narrow @ narrow, wide @ wide @ wide), narrow, wide)
+    assert cost.wide_flops == 2 * 2 * 64**3 == cost.flops * 2 / 3
+    h100, v5e = DEVICES["h100"], DEVICES["v5e"]
+    assert h100.flops == pytest.approx(2 * h100.wide_flops, rel=0.01)  # TF32
+    assert v5e.flops == v5e.wide_flops  # factors are rounded to bfloat16
+    many = Cost(flops=3e15, wide_flops=2e15)
+    assert _seconds(many, 1, h100) == pytest.approx(1e15 / 989e12 + 2e15 / 495e12)
+    assert _seconds(many, 2, v5e) == pytest.approx(3e15 / 197e12 / 2)
 
 
 def test_loops_count_as_often_as_they_run():

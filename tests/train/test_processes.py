@@ -71,19 +71,32 @@ def test_two_processes_do_what_one_does(tiny_model, problems, tmp_path, alone):
         np.testing.assert_allclose(ours[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_where_one_is_lost_the_other_says_so_and_both_resume(lost, tiny_model, problems, tmp_path, alone):
-    out = tmp_path / "run"
-    processes = start(tiny_model, problems, out, 2)
+def wait_for_checkpoint(processes, out):
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list((out / "checkpoints").glob("step_*")):
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.01)
-    # The one that works is the child of the one that explains.
+
+
+def child_of(process):
+    """The one that works is the child of the one that explains."""
     (child,) = subprocess.run(
-        ["ps", "--ppid", str(processes[lost].pid), "-o", "pid="], capture_output=True, text=True, check=True
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
     ).stdout.split()
-    os.kill(int(child), signal.SIGKILL)
+    return int(child)
+
+
+def is_running(pid):
+    state = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and "Z" not in state
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_where_one_is_lost_the_other_says_so_and_both_resume(lost, tiny_model, problems, tmp_path, alone):
+    out = tmp_path / "run"
+    processes = start(tiny_model, problems, out, 2)
+    wait_for_checkpoint(processes, out)
+    os.kill(child_of(processes[lost]), signal.SIGKILL)
     os.kill(processes[lost].pid, signal.SIGKILL)
     status, _, complained = finish(processes)[1 - lost]
     assert status == 3, complained
@@ -95,6 +108,45 @@ def test_where_one_is_lost_the_other_says_so_and_both_resume(lost, tiny_model, p
         text[-3000:] for _, *texts in ended for text in texts
     )
     np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_trains_on_where_the_process_that_was_started_is_killed(tiny_model, problems, tmp_path):
+    processes = start(tiny_model, problems, tmp_path / "run", 2)
+    wait_for_checkpoint(processes, tmp_path / "run")
+    children = [child_of(process) for process in processes]
+    for process in processes:
+        process.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(map(is_running, children)):
+        time.sleep(0.05)
+    assert not any(map(is_running, children))
+    finish(processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_one_process_has_all_save_and_end(number, tiny_model, problems, tmp_path, alone):
+    out = tmp_path / "run"
+    processes = start(tiny_model, problems, out, 2)
+    wait_for_checkpoint(processes, out)
+    os.kill(processes[1].pid, number)
+    for status, _, complained in finish(processes):
+        assert status == 128 + signal.SIGTERM, complained
+        assert "go on with --resume" in complained
+        assert "Traceback" not in complained
+    assert not (out / "report.json").exists()
+    if number == signal.SIGINT:  # resumed as after the other
+        return
+    ended = finish(start(tiny_model, problems, out, 2, "--resume"))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_first_process_complains_of_all_say_and_end(tiny_model, problems, tmp_path, alone):
+    for status, _, complained in finish(start(tiny_model, problems, alone, 2)):
+        assert status == 2, complained
+        (line,) = [line for line in complained.splitlines() if line.startswith("jaxsparse finetune:")]
+        assert "holds a run already" in line
+        assert "Traceback" not in complained
 
 
 @pytest.mark.parametrize(

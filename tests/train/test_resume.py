@@ -24,6 +24,7 @@ from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.train.config import RunConfig
 from jaxsparse.train.loop import train
+from jaxsparse.train.stopping import StopRequests
 from tests.train.runs import arguments, finetune, metrics_of, weights
 
 
@@ -198,3 +199,31 @@ def test_what_tensor_shards_picked_does_not_go_to_other_shards(
     assert main(command) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "was run with tensor=2, whose shards each picked their own entries, not tensor=1; resume with" in line
+
+
+def test_an_option_that_is_younger_than_the_run_was_at_its_default(
+    again: tuple[Path, list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    out, command = again
+    lines = (out / "config.yaml").read_text().splitlines(keepends=True)
+    (out / "config.yaml").write_text("".join(line for line in lines if not line.startswith(("selection:", "remat:"))))
+    assert main([*command, "--remat", "full"]) == 2
+    assert "was run with remat='none', not 'full'" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_a_signal_during_the_last_step_ends_the_run_before_it_is_measured(
+    tiny_model: Path, problems: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"steps": 3, "eval-data": problems["held_out"], "eval-rows": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequests, "at", lambda self, step: signal.SIGTERM if step == 3 else None)
+        assert finetune(tiny_model, problems, tmp_path / "run", **options) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run/report.json").exists()
+    given = arguments(tiny_model, problems, tmp_path / "run", **options)
+    assert main(["finetune", *given, "--resume"]) == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    assert finetune(tiny_model, problems, tmp_path / "whole", **options) == 0
+    ours, theirs = (weights(tiny_model, tmp_path / name / "delta") for name in ("run", "whole"))
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path].view(np.uint32), leaf.view(np.uint32), err_msg=path)

@@ -127,5 +127,5 @@ def test_requests_are_taken_while_entered_and_a_second_interrupt_is_at_once():
 def test_killed_at_random_moments_it_loses_nothing(tmp_path: Path):
     outcome = run(KillConfig(kills=3, steps=300, seed=int(np.random.default_rng().integers(2**31))), tmp_path)
     assert outcome.kills == 3
-    assert outcome.lost == 0
+    assert (outcome.lost, outcome.torn) == (0, 0)
     assert outcome.same_bits
