@@ -16,6 +16,7 @@ import optax
 
 import jaxsparse as js
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import check_writable
 from jaxsparse.common.progress import progress
@@ -100,11 +101,17 @@ def plans(config: ScalingConfig) -> list[dict[str, Any]]:
                 except InputError as error:
                     row = key | {"problem": str(error)}  # not kept: a compiler may be installed by the next call
             if "problem" not in row and row not in known:
-                with file.open("a") as opened:
-                    opened.write(json.dumps(row) + "\n")
+                _append(file, row)
             found.append(row)
             advance(1, f"{method} {name} {device}")
     return found
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    """Adds a line, on its own also where a call that was killed left half of one."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(("" if before.endswith("\n") or not before else "\n") + json.dumps(row) + "\n")
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
@@ -169,4 +176,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.scaling", lambda: main(sys.argv[1:])))

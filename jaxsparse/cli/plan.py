@@ -43,6 +43,8 @@ class PlanConfig(Generic[Options]):
 
     The training step is really compiled for the device, by the compilers of `pip install jaxsparse[plan]` (GPUs) and
     `pip install libtpu` (TPUs); no weights are read. One step serves those that pick a support and those that do not.
+    Peak memory is XLA's; weights and optimizer are their arrays; activations are what the forward pass keeps of all
+    layers for the backward pass, counted from shapes; other is what is left of the peak: temporaries and the batch.
 
     Example: jaxsparse plan --model llama2-7b --method gasdu --density 1e-4 --batch 4 --max-length 768 --device h100
     """
@@ -73,7 +75,8 @@ class PlanConfig(Generic[Options]):
     compare: tuple[str, ...] = ("full", "lora")
     """Other methods to plan at their default options."""
     fit: Literal["batch", "max-length", "remat"] | None = None
-    """Search the largest batch or max-length, or the fastest remat, that fits, and plan that."""
+    """Search what fits, and plan that: the largest batch that can be shared equally, the largest max-length (a multiple
+    of 64), or the fastest remat."""
     inner: OptimizerConfig = field(default_factory=OptimizerConfig)
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of a table."""
@@ -182,7 +185,9 @@ def _fitted(config: PlanConfig[Any]) -> PlanConfig[Any]:
                 return tried
         raise InputError(f"no remat fits in {config.device}; give a smaller --batch or --max-length, or more devices")
     name = "batch" if config.fit == "batch" else "max_length"
-    longest = load_config(config.model).max_position_embeddings if name == "max_length" else 2**20
+    longest = min(2**20, _MOST_TOKENS // config.max_length)
+    if name == "max_length":
+        longest = min(load_config(config.model).max_position_embeddings, _MOST_TOKENS // config.batch)
     step = min(64, longest) if name == "max_length" else _rows_together(config)
 
     def with_size(number: int) -> PlanConfig[Any]:

@@ -79,7 +79,11 @@ class Sharding:
             if unknown:
                 raise InputError(f"parameter {path} is divided over {unknown[0]!r}, which the mesh does not have")
             if size % (parts := _parts(self.mesh, _names(axes))):
-                raise InputError(f"parameter {path} has an axis of {size}, which {parts} devices cannot share equally")
+                sizes = ", ".join(str(n) for n in range(1, min(size, self.mesh.size) + 1) if size % n == 0)
+                raise InputError(
+                    f"parameter {path} has an axis of {size}, which {parts} devices cannot share equally along "
+                    f"{' and '.join(_names(axes))}; sizes that work: {sizes}"
+                )
         return _trimmed(spec)
 
     def of(self, params: PyTree) -> PyTree:

@@ -143,10 +143,22 @@ def test_the_longest_rows_and_the_fastest_remat_that_fit_are_found(model, capsys
         (["--max-length", "2000"], "max_length=2000 is more than the 1024 positions of"),
         (["--device", "v5e-8", "--mesh", "fsdp=3"], "has 3 devices, but there are 8"),
         (["--device", "v5e-8", "--mesh", ""], "mesh axis '' is unknown"),
+        (["--model", "nope"], "there is no file or folder nope"),
+        (["--method", "nope"], "unknown method 'nope'"),
+        (["--density", "2", "--device", "cpu"], "density must lie in (0, 1], got 2"),
+        (["--max-length", "0"], "max_length must be at least 1, got 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message, model, capsys):
     assert message in fails(["plan", "--model", model, "--density", "0.01", *flags], capsys)
+
+
+def test_sizes_that_divide_a_weight_are_named(capsys):
+    there("v5e-32")
+    given = ["plan", "--model", "gpt2", "--density", "0.01", "--device", "v5e-32", "--mesh", "tensor=32", "--compare"]
+    message = fails(given, capsys)
+    assert "wte/embedding has an axis of 50257, which 32 devices cannot share equally along tensor" in message
+    assert message.endswith("sizes that work: 1, 29")
 
 
 def test_what_a_method_cannot_do_is_said_of_it_alone(model, capsys):

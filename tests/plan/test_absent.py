@@ -56,3 +56,16 @@ def test_without_the_tpu_compiler_the_error_says_what_to_install(monkeypatch: py
 def test_the_description_is_the_one_that_was_tried(shared: Path) -> None:
     words = lambda text: sorted(text.replace("{", " { ").split())  # noqa: E731
     assert words(DEVICES["h100"].target_config()) == words((shared / "targets/h100_80gb.txtpb").read_text())
+
+
+def test_a_container_may_take_less_memory_than_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version_2, version_1 = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr("jaxsparse.plan.absent._CONTAINER_LIMITS", (version_2, version_1))
+    whole = DEVICES["cpu"].memory
+    version_2.write_text("max\n")
+    version_1.write_text(f"{2**62}\n")
+    assert DEVICES["cpu"].memory == whole > 2**20
+    version_2.write_text(f"{2**20}\n")
+    assert DEVICES["cpu"].memory == 2**20
+    version_1.write_text(f"{2**19}\n")
+    assert DEVICES["cpu"].memory == 2**19
