@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 import jaxsparse as js
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.paths import flatten_with_paths
+from jaxsparse.engine.sharding import row_parts
 from jaxsparse.models.functional import LanguageModel
+from tests.engine.collectives import messages
 from tests.models.small import LLAMA, random_params, random_rows
 
 DEVICES = 8
@@ -204,22 +206,51 @@ def test_the_state_of_whole_weights_is_divided_as_they_are(shape):
     assert checked == 3 * (7 + 2)  # masters and two moments, of seven kernels, embedding and head
 
 
-def gathered(text):
-    """The shapes that a compiled program gathers from several devices."""
-    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* all-gather", text)}
+def compiled(run):
+    return messages(run.tuner.step.lower(run.state, run.batch()).compile().as_text())
 
 
-def reduced(text):
-    """The shapes that it sums over devices."""
-    return {
-        tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* (?:all-reduce|reduce-sc)", text)
-    }
+def parts_of_targets(shape, *, by_tensor=True):
+    """The shapes that a target or its part on a device has, sorted; without `by_tensor` only those that are whole along
+    the axis that tensor shards divide."""
+    _, fsdp, tensor = shape
+    kernels = {(96, 128): "opens", (128, 96): "closes", (96, 160): "opens", (160, 96): "closes"}
+    found = set()
+    for (inputs, outputs), kind in kernels.items():
+        whole, divided = (inputs, outputs) if kind == "opens" else (outputs, inputs)
+        for one in {whole, whole // fsdp}:
+            for other in {divided, divided // tensor} if by_tensor else {divided}:
+                found.add(tuple(sorted((one, other))))
+    return found
 
 
-def whole(shapes):
-    """Of some shapes those that are a target's, or hold its matrices."""
-    dense = {tuple(sorted(kernel)) for kernel in KERNELS.values()} | {(96, 160)}
-    return {shape for shape in shapes if tuple(sorted(shape[-2:])) in dense}
+def dense(sent, shapes, *kinds):
+    return {each for each in sent if each.kind in kinds and tuple(sorted(each.shape[-2:])) in shapes}
+
+
+SUMS = ("all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+
+
+@needs_devices
+def test_every_message_is_seen():
+    """Of each kind of operation, and of operations on several arrays."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def sent(function, *shapes):
+        arrays = [jnp.ones(shape, jnp.float32) for shape in shapes]
+        parts = tuple(P("x") for _ in shapes)
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=parts, out_specs=P("x"), check_vma=False)
+        return {(m.kind, m.shape) for m in messages(jax.jit(mapped).lower(*arrays).compile().as_text())}
+
+    several = sent(lambda a, b: sum(map(jnp.sum, jax.lax.psum((a * a, b + 1), "x")))[None], (8, 3), (8, 5))
+    assert {("all-reduce", (1, 3)), ("all-reduce", (1, 5))} <= several
+    assert ("all-gather", (8, 7)) in sent(lambda a: jax.lax.all_gather(a[0], "x"), (8, 7))
+    assert ("reduce-scatter", (1, 7)) in sent(lambda a: jax.lax.psum_scatter(a, "x", tiled=True), (64, 7))
+    assert "all-to-all" in {kind for kind, _ in sent(lambda a: jax.lax.all_to_all(a, "x", 1, 1, tiled=True), (8, 16))}
+    ring = [(at, (at + 1) % 8) for at in range(8)]
+    assert ("collective-permute", (1, 7)) in sent(lambda a: jax.lax.ppermute(a, "x", ring), (8, 7))
+    alone = [[at] for at in range(8)]
+    assert not sent(lambda a: jax.lax.psum(a, "x", axis_index_groups=alone), (8, 7))
 
 
 @needs_devices
@@ -232,20 +263,35 @@ def whole(shapes):
 )
 def test_no_dense_gradient_and_under_tensor_sharding_no_whole_target_travels(name, selection, shape):
     run = Run(METHODS[name](), shape, selection)
-    text = run.tuner.step.lower(run.state, run.batch()).compile().as_text()
-    assert not whole(reduced(text))
+    sent = compiled(run)
+    assert sent
+    # Gradients are floating-point numbers. Bits are of S²FT's slots: a head has as many rows as an eighth of a target.
+    sums = [each for each in sent if each.dtype.startswith(("f", "bf"))]
+    assert not dense(sums, parts_of_targets(shape), *SUMS)
     if shape[2] > 1:
-        assert not whole(gathered(text))
-    if (name, shape) == ("gasdu", (1, 8, 1)):
-        # What FSDP gathers for its products: the test sees what it looks for.
-        assert whole(gathered(text))
+        assert not dense(sent, parts_of_targets(shape, by_tensor=False), "all-gather")
+
+
+@needs_devices
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_the_dense_gradients_of_full_fine_tuning_are_seen(shape):
+    """What the test above looks for, where it is: summed over the devices that share the rows."""
+    assert dense(compiled(Run(js.full(optax.adam(1e-2)), shape)), parts_of_targets(shape), *SUMS)
+
+
+@needs_devices
+def test_the_weights_that_fsdp_gathers_are_seen():
+    sent = compiled(Run(METHODS["gasdu"](), (1, 8, 1)))
+    assert dense(sent, parts_of_targets((1, 8, 1), by_tensor=False), "all-gather")
 
 
 @needs_devices
 def test_selection_by_shards_tells_nobody_what_it_picks():
-    run = Run(METHODS["gasdu"](), (1, 1, 8), "per_shard")
-    text = run.tuner.step.lower(run.state, run.batch()).compile().as_text()
-    assert not gathered(text)
+    """Only sums travel: those of the products' activations, which tensor sharding takes, and of single numbers."""
+    sent = compiled(Run(METHODS["gasdu"](), (1, 1, 8), "per_shard"))
+    assert {each.kind for each in sent} == {"all-reduce"}
+    larger = {int(np.prod(each.shape)) for each in sent if np.prod(each.shape) > CONFIG.num_layers * len(KERNELS)}
+    assert larger == {16 * 11, 16 * 11 * CONFIG.hidden_size}, sent
 
 
 @needs_devices
