@@ -1,0 +1,77 @@
+"""Perplexity of running text: what a model knew before it was tuned, and may forget."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsparse.common.errors import InputError
+from jaxsparse.data.batches import Batch
+from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.evaluate.held_out import Measurement
+from jaxsparse.models.functional import LanguageModel
+
+__all__ = ["measure_text"]
+
+
+def measure_text(
+    model: LanguageModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    window: int = 512,
+    batch: int = 8,
+    most_windows: int | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Measurement:
+    """Measures loss on running text, cut into windows that do not overlap; every token but a window's first counts.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        text: the text.
+        window: tokens that the model sees at a time, at least 2; never more than its positions.
+        batch: windows at a time, at least 1.
+        most_windows: so many of the first windows; None: all.
+        advance: called with the number of windows done since the last call.
+
+    Returns:
+        A measurement whose `rows` are windows, without predictions; `perplexity` is exp(loss).
+
+    Raises:
+        InputError: a size is not positive, or the text does not fill a window.
+    """
+    if window < 2 or batch < 1 or (most_windows is not None and most_windows < 1):
+        raise InputError(
+            f"window={window} must be at least 2, batch={batch} and most_windows={most_windows} at least 1"
+        )
+    window = min(window, model.config.max_position_embeddings)
+    ids = np.array(tokenizer.encode(text, add_bos=False), np.int32)
+    count = (len(ids) - 1) // window
+    count = count if most_windows is None else min(count, most_windows)
+    if count < 1:
+        raise InputError(f"the text has {len(ids)} tokens, which do not fill a window={window}")
+    # A window's last token is the first that the next one sees: each is a target once.
+    tokens, targets = (ids[at : at + count * window].reshape(count, window) for at in (0, 1))
+    loss_of = jax.jit(model.loss)
+    loss_sum, number = 0.0, 0.0
+    for start in range(0, count, batch):
+        part = slice(start, start + batch)
+        _, aux = loss_of(params, _filled(tokens[part], targets[part], batch))
+        loss_sum, number = loss_sum + float(aux["loss_sum"]), number + float(aux["tokens"])
+        advance(len(tokens[part]))
+    return Measurement(loss_sum / number, float("nan"), count, ())
+
+
+def _filled(tokens: np.ndarray, targets: np.ndarray, batch: int) -> Batch:
+    """A batch of always the same number of rows; those that are missing are padding."""
+    rows, window = tokens.shape
+    missing = ((0, batch - rows), (0, 0))
+    weights = np.pad(np.ones((rows, window), np.float32), missing)
+    places = np.broadcast_to(np.arange(window, dtype=np.int32), (batch, window))
+    return Batch(
+        np.pad(tokens, missing), np.pad(targets, missing), weights, places, np.pad(np.ones_like(tokens), missing)
+    )
