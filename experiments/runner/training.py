@@ -126,10 +126,11 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
     """
     start = time.monotonic()
     task = _task(data_root, trial.task)
-    rows = list(getattr(task, trial.measured_on))[: trial.measured_rows]
+    parts = _parts(task)
+    rows = parts[trial.measured_on][: trial.measured_rows]
     config = config_of(trial, folder, data_root)
     folder.mkdir(parents=True, exist_ok=True)
-    job = prepare(config, list(task.train)[: trial.rows], rows)
+    job = prepare(config, parts["train"][: trial.rows], rows)
     slots = count_slots(job.method, job.base.params)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(
@@ -161,6 +162,14 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
         "seconds": round(time.monotonic() - start, 2),
     }
     return Tuned(job, state, params, task, measured, metrics, result, data_root)
+
+
+def _parts(task: TaskRows) -> dict[str, list[Row]]:
+    """A task's rows; where it has no dev rows, every tenth training row is one, and not trained on."""
+    train, dev = list(task.train), list(task.dev)
+    if not dev:
+        train, dev = [row for at, row in enumerate(train) if at % 10], train[::10]
+    return {"train": train, "dev": dev, "test": list(task.test)}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ DOUBLE = Problem("t/0", "def double(x):\n", "double", "    return 2 * x\n", "def
         ("    import sys; sys.path.append('a'); return x + x", True),
         ("    return bytearray(2 ** 34)\n", False),
         ("    with open('large', 'wb') as file:\n        file.write(bytes(2 ** 24))\n    return 2 * x", False),
-        ("    import os\n    return 2 * x if not os.environ else 0", True),
+        ("    import os\n    return 2 * x if 'PATH' not in os.environ else 0", True),
     ],
 )
 def test_what_computes_the_right_thing_within_its_limits_passes(completion, right):
