@@ -9,12 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxsparse.evaluate.suites import TaskRows, load_task
-
 from jaxsparse.data.rows import Row
 from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.tuner import TunerState
 from jaxsparse.evaluate.held_out import Measurement, encode_held_out, measure
+from jaxsparse.evaluate.suites import TaskRows, load_task
 from jaxsparse.methods.registry import options_class
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
