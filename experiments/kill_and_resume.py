@@ -45,11 +45,11 @@ class KillConfig:
     """How often to kill."""
     during_saves: float = 0.5
     """The share of kills that wait for a checkpoint to be being written."""
-    early: float = 0.15
-    """The share of kills at any moment from the start on, before the run has saved anything too."""
+    early: int = 3
+    """So many of the first kills come at any moment from the start on, before anything is saved too."""
     steps: int = 400
     """Optimizer steps of the run."""
-    every: int = 2
+    every: int = 5
     """Steps between checkpoints."""
     method: str = "gasdu"
     """The method."""
@@ -110,8 +110,7 @@ def kill_once(config: KillConfig, arguments: list[str], out: Path, rng: random.R
     before, checkpoints, start = whole(out / "checkpoints"), out / "checkpoints", time.monotonic()
     with (out.parent / "said").open("w+") as said:
         process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        kind = rng.random()
-        at_any_time, wants_save = kind < config.early, kind > 1 - config.during_saves
+        at_any_time, wants_save = outcome.kills < config.early, rng.random() < config.during_saves
         saves, pause, delay = rng.randint(1, 4), rng.uniform(0, 0.4), rng.uniform(0, _START_SECONDS)
         # But for those, not before it has done something: a start alone takes seconds.
         while process.poll() is None and whole(checkpoints) == before:

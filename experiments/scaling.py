@@ -148,7 +148,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     memory = next((row["memory"] for row in rows if "memory" in row), None)
     if memory:
         left.axhline(memory / 1e9, color="black", linewidth=0.8, label="memory of a device")
-    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=3, handlelength=5)
     figure.savefig(file)
 
 
