@@ -13,6 +13,13 @@ _NAMES = (
     "gasdu/refresh_interval",
     "gasdu/cost",
     "gasdu/budget",
+    "beyond_lora/tasks",
+    "s2ft/budgets",
+    "s2ft/projections",
+    "s2ft/selection",
+    "s2ft/efficiency",
+    "s2ft/serving",
+    "s2ft/fusion",
 )
 
 

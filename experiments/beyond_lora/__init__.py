@@ -1,0 +1,1 @@
+"""Beyond LoRA's tables and figures."""

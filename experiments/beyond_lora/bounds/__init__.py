@@ -1,0 +1,1 @@
+"""Beyond LoRA, table 1."""

@@ -1,0 +1,1 @@
+"""Beyond LoRA, tables 14 and 15."""

@@ -1,0 +1,1 @@
+"""Beyond LoRA, tables 3 and 16."""

@@ -1,0 +1,1 @@
+"""Beyond LoRA, figure 4."""

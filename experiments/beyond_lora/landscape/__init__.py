@@ -1,0 +1,1 @@
+"""Beyond LoRA, figures 1, 3 and 8 to 10."""

@@ -1,0 +1,1 @@
+"""Beyond LoRA, tables 2, 4 and 5."""
