@@ -154,12 +154,12 @@ def _picture(bench: Bench, found: list[dict[str, Any]]) -> None:
         colors = [f"C{at}" for at in range(len(there))]
         panel.bar([name.replace(" (", "\n(") for name in there], middles, yerr=whiskers, capsize=4, color=colors)
         panel.axhline(0.0, color="black", lw=0.8)
-        panel.set(title=task, xlabel="adapters", ylabel="held-out loss, fused less own adapter alone, nats a token")
+        panel.set(title=task, xlabel="adapters", ylabel="added loss, nats a token")
         data += [
             {"task": task, "adapters": name, "median": middle, "least": low, "greatest": high}
             for name, (middle, low, high) in there.items()
         ]
-    caption = f"Loss that fusion adds; whiskers from the least to the greatest of {len(bench.seeds)} seeds"
+    caption = f"Held-out loss of the fusion less that of the task's own adapter alone; whiskers from the least to the greatest of {len(bench.seeds)} seeds"
     bench.report.picture("fusion_picture", figure, data, caption)
 
 
