@@ -159,7 +159,8 @@ def _picture(bench: Bench, found: list[dict[str, Any]]) -> None:
             {"task": task, "adapters": name, "median": middle, "least": low, "greatest": high}
             for name, (middle, low, high) in there.items()
         ]
-    caption = f"Held-out loss of the fusion less that of the task's own adapter alone; whiskers from the least to the greatest of {len(bench.seeds)} seeds"
+    least = f"whiskers from the least to the greatest of {len(bench.seeds)} seeds"
+    caption = f"Held-out loss of the fusion less that of the task's own adapter alone; {least}"
     bench.report.picture("fusion_picture", figure, data, caption)
 
 
