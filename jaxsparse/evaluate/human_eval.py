@@ -1,12 +1,7 @@
 """HumanEval's pass@1: programs that a model wrote, run against their tests in a process of their own."""
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +11,7 @@ from typing import Any
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.evaluate.sandbox import runs_to_its_end
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.models.generate import generate
 
@@ -23,16 +19,6 @@ __all__ = ["Problem", "load_problems", "measure_human_eval", "pass_at_k", "passe
 
 # Where a function ends and something else begins (HumanEval, section 2.2).
 _ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-
-# Limits its own process, for good, and becomes the program.
-_LAUNCHER = """
-import resource, runpy, sys
-limits = {"CPU": int(sys.argv[1]), "AS": int(sys.argv[2]), "FSIZE": 2**20, "NOFILE": 64, "CORE": 0}
-for name, most in limits.items():
-    resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-sys.argv = sys.argv[3:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @dataclass(frozen=True)
@@ -72,10 +58,7 @@ def load_problems(file: str | Path) -> list[Problem]:
 def passes(problem: Problem, completion: str, *, seconds: float = 10.0, memory: int = 2**30) -> bool:
     r"""Runs a program against its tests, in a Python process of its own.
 
-    The process has an empty folder of its own, no environment, no standard streams, and limits on time, memory, the
-    size of files and open files; when it ends, or its time is up, all that it started is killed. That stops
-    accidents, not malice: it runs under the same user, and can read files and reach the network. Give programs that
-    nobody has looked at to a container.
+    See `jaxsparse.evaluate.sandbox` for what the process may do, and what nothing protects from.
 
     Args:
         problem: the problem.
@@ -92,30 +75,7 @@ def passes(problem: Problem, completion: str, *, seconds: float = 10.0, memory: 
         (True, False)
     """
     program = f"{problem.prompt}{_cut(completion)}\n{problem.test}\ncheck({problem.entry_point})\n"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.py"
-        file.write_text(program, encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", _LAUNCHER, str(max(1, round(seconds))), str(memory), str(file)],
-            cwd=folder,
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(timeout=seconds) == 0
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            _kill_session(process)
-
-
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and started nothing that is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return runs_to_its_end(program, seconds=seconds, memory=memory)
 
 
 def _cut(completion: str) -> str:
