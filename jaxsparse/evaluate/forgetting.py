@@ -1,10 +1,12 @@
-"""What tuning costs elsewhere: questions that the base answered and the tuned model does not; runs that collapse."""
+"""What tuning costs elsewhere: questions and text that the base knew and the tuned model forgot; collapsed runs."""
 
+import math
 from collections.abc import Sequence
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.evaluate.held_out import Measurement
 
-__all__ = ["collapse_rate", "forget_ratio"]
+__all__ = ["collapse_rate", "forget_ratio", "forgotten_text"]
 
 
 def forget_ratio(before: Sequence[bool], after: Sequence[bool]) -> float | None:
@@ -53,3 +55,28 @@ def collapse_rate(scores: Sequence[float], base: float, *, share: float = 0.5) -
     if not scores or base <= 0:
         raise InputError(f"there must be runs and a base with a score above 0, got {len(scores)} runs and base={base}")
     return sum(not score >= share * base for score in scores) / len(scores)
+
+
+def forgotten_text(before: Measurement, after: Measurement) -> float:
+    """Returns by what factor the perplexity of the same general text grew with tuning.
+
+    Args:
+        before: what `measure_text` found of the base.
+        after: what it found of the tuned model, on the same windows.
+
+    Returns:
+        The factor: above 1 where the model forgot.
+
+    Raises:
+        InputError: they are not of equally many windows.
+
+    Example:
+        >>> round(forgotten_text(Measurement(2.0, float("nan"), 8, ()), Measurement(2.1, float("nan"), 8, ())), 3)
+        1.105
+    """
+    if before.rows != after.rows:
+        raise InputError(f"before has {before.rows} windows and after {after.rows}; they must be of the same text")
+    try:
+        return math.exp(after.loss - before.loss)
+    except OverflowError:
+        return math.inf
