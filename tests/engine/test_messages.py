@@ -211,6 +211,7 @@ def test_under_full_remat_every_device_attends_to_its_own_rows_alone(shape):
     assert re.search(of_all_rows, untold.step.lower(divided.state, batch).compile().as_text())
 
 
+@pytest.mark.slow
 @has_devices
 def test_on_eight_virtual_devices():
     passes_on_virtual_devices(__file__)

@@ -176,6 +176,7 @@ def test_what_cannot_be_divided_is_an_error():
         js.fuse(lambda p, x: jnp.sum(x @ p["w"]), js.lora(optax.sgd(1.0), rank=2, targets="w"), sharding=sharding)
 
 
+@pytest.mark.slow
 @has_devices
 def test_on_eight_virtual_devices():
     passes_on_virtual_devices(__file__)
