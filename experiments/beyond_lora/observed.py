@@ -1,4 +1,4 @@
-"""What Beyond LoRA's experiments find out about a tuned model; all of them by one function, so that they share trials."""
+"""What Beyond LoRA's experiments find out about a tuned model: one function for all, so that they share trials."""
 
 from typing import Any
 

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import optax
 import tokenizers
-from jaxsparse.evaluate.suites import load_task
 
 from experiments.runner.texts import general_text
 from jaxsparse.common.progress import progress
@@ -22,6 +21,7 @@ from jaxsparse.data.batches import Batch
 from jaxsparse.data.examples import encode_rows
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.evaluate.suites import load_task
 from jaxsparse.models.checkpoints import save
 from jaxsparse.models.configs import LlamaConfig
 from jaxsparse.models.functional import LanguageModel
