@@ -1,10 +1,11 @@
 """Running text in windows that overlap, and what is forgotten of it."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.evaluate.forgetting import forgotten_text
+from jaxsparse.evaluate.forgetting import collapse_rate, forget_ratio, forgotten_text
 from jaxsparse.evaluate.held_out import Measurement
 from jaxsparse.evaluate.text import measure_text
 from jaxsparse.models.checkpoints import load
@@ -45,3 +46,21 @@ def test_forgotten_text_is_a_ratio_of_perplexities(rng):
     assert forgotten_text(before, before) == 1
     with pytest.raises(InputError, match="of the same text"):
         forgotten_text(before, Measurement(1.0, float("nan"), 4, ()))
+
+
+def test_a_uniform_model_has_the_vocabularys_perplexity(model):
+    functions, params, tokenizer = model
+    nothing = jax.tree.map(np.zeros_like, params)
+    found = measure_text(functions, nothing, tokenizer, "1 + 1 = 2. " * 60, window=32)
+    assert found.perplexity == pytest.approx(functions.config.vocab_size, rel=1e-4)
+
+
+def test_forgetting_counts_what_was_known(rng):
+    before, after = (rng.random(200) < 0.6 for _ in range(2))
+    assert forget_ratio(before.tolist(), after.tolist()) == pytest.approx((before & ~after).sum() / before.sum())
+    assert forget_ratio([False], [True]) is None
+    assert collapse_rate([float("nan"), 0.5], base=0.6) == 0.5  # a run that diverged has collapsed
+    with pytest.raises(InputError, match="of the same questions"):
+        forget_ratio([True], [])
+    with pytest.raises(InputError, match="0 runs"):
+        collapse_rate([], base=1.0)

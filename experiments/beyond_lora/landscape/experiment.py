@@ -65,7 +65,7 @@ def run(bench: Bench) -> None:
     _findings(bench, table)
     bench.report.text(
         "Directions move all linear layers of every method, filter-normalised: a step of 1 changes every output's "
-        "weights by as much as they are long. A contour's plane is that of the path's principal directions as they are: "
+        "weights by as much as they are long. A contour's plane has the path's principal directions as they are; "
         "normalised ones would not hold the path. The loss is that of training rows. The paper says that landscapes "
         "mostly contradict the measured generalisation."
     )
@@ -115,6 +115,9 @@ def _draw_surfaces(bench: Bench, found: dict[str, _Landscape], task: str) -> Non
             panel.plot_surface(x, y, each.surfaces[kind], cmap="viridis", vmin=low, vmax=high)
             panel.set(title=f"{label}, {named}", xlabel="first", ylabel="second", zlabel="loss, nats a token")
             panel.set_zlim(low, high)
+            ends = [-bench.settings.more["reach"], 0.0, bench.settings.more["reach"]]
+            panel.set(xticks=ends, yticks=ends)
+            panel.set_box_aspect(None, zoom=0.85)  # room for the label of the heights
             data += _rows(label, kind, each.steps, each.steps, each.surfaces[kind])
     caption = "Loss on training rows over filter-normalised directions; heights are those of the whole row of panels"
     bench.report.picture("surfaces", figure, data, caption)
