@@ -10,8 +10,10 @@ from rich.console import Console
 
 from jaxsparse.cli.arguments import parse
 from jaxsparse.cli.errors import reported
+from jaxsparse.common.errors import Stopped
+from jaxsparse.common.hosts import AgreedError
 from jaxsparse.methods.registry import options_class
-from jaxsparse.train.cluster import join, watched
+from jaxsparse.train.cluster import join, leave, watched
 from jaxsparse.train.config import ClusterConfig, FinetuneConfig
 from jaxsparse.train.finetune import finetune
 from jaxsparse.train.report import Report
@@ -28,7 +30,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(config: FinetuneConfig[Any]) -> int:
     join(config.cluster)
-    report = finetune(config)
+    try:
+        report = finetune(config)
+    except (AgreedError, Stopped):
+        leave()
+        raise
+    leave()
     if report is None:  # the first process tells
         return 0
     show(report, as_json=config.json)

@@ -1,7 +1,7 @@
 """Arrays of one process and of several: what a host can read, and which host writes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -9,9 +9,25 @@ from jax.sharding import Sharding
 
 from jaxsparse.common.errors import InputError
 
-__all__ = ["agreed", "alone", "gathered", "is_first", "on_first", "placed", "to_host", "wait_for_all"]
+__all__ = [
+    "AgreedError",
+    "agreed",
+    "alone",
+    "gathered",
+    "is_first",
+    "on_all",
+    "on_first",
+    "placed",
+    "to_host",
+    "wait_for_all",
+]
 
 _LONGEST_MESSAGE = 4096
+_Result = TypeVar("_Result")
+
+
+class AgreedError(InputError):
+    """What does not work on one of several processes, raised on all of them."""
 
 
 def is_first() -> bool:
@@ -68,39 +84,82 @@ def placed(array: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def agreed(value: bool) -> bool:
-    """Returns what the first process says, on all of them."""
+def agreed(value: bool | int) -> int:
+    """Returns the truth value or the number that the first process says, on all of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32)))
 
 
-def on_first(work: Callable[[], None]) -> None:
+def on_first(work: Callable[[], _Result]) -> _Result | None:
     """Does something on the first process alone; all of them learn that it went well, or why not.
 
     Args:
         work: what to do.
 
-    Raises:
-        InputError: what the work raised on the first process, on every process.
-    """
-    said = ""
-    if is_first():
-        try:
-            work()
-        except InputError as error:
-            said = str(error)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    Returns:
+        What the work returned on the first process, None on the others.
 
-        text = np.zeros(_LONGEST_MESSAGE, np.uint8)
-        encoded = np.frombuffer(said.encode()[:_LONGEST_MESSAGE], np.uint8)
-        text[: len(encoded)] = encoded
-        said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode(errors="ignore")
-    if said:
-        raise InputError(said)
+    Raises:
+        AgreedError: of several processes on every one, where the work raised an InputError or an OSError on the first.
+
+    Example:
+        >>> on_first(lambda: 3)
+        3
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, own = _attempted(work) if is_first() else (None, "")
+    first = _told_by_all(own)[0]
+    if first:
+        raise AgreedError(first)
+    return result
+
+
+def on_all(work: Callable[[], _Result]) -> _Result:
+    """Does something on every process; where it does not work on one of them, all of them say so.
+
+    Args:
+        work: what to do; nothing for which processes must talk.
+
+    Returns:
+        What the work returned on this process.
+
+    Raises:
+        AgreedError: of several processes on every one, where the work raised an InputError or an OSError on one.
+
+    Example:
+        >>> on_all(lambda: 3)
+        3
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, own = _attempted(work)
+    for process, message in enumerate(_told_by_all(own)):
+        if message:
+            raise AgreedError(own or f"process {process}: {message}")
+    return cast(_Result, result)
+
+
+def _attempted(work: Callable[[], _Result]) -> tuple[_Result | None, str]:
+    """What the work returned, and what it complained of."""
+    try:
+        return work(), ""
+    except (InputError, OSError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def _told_by_all(message: str) -> list[str]:
+    """The messages of all processes, by their numbers."""
+    from jax.experimental import multihost_utils
+
+    text = np.zeros(_LONGEST_MESSAGE, np.uint8)
+    encoded = np.frombuffer(message.encode()[:_LONGEST_MESSAGE], np.uint8)
+    text[: len(encoded)] = encoded
+    every = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, _LONGEST_MESSAGE)
+    return [bytes(one).rstrip(b"\0").decode(errors="ignore") for one in every]
 
 
 def wait_for_all(what: str) -> None:

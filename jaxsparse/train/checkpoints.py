@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jaxsparse import deltas
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_folder
-from jaxsparse.common.hosts import alone
+from jaxsparse.common.hosts import agreed, alone, on_all, on_first
 
 __all__ = ["RunCheckpoint", "remove_unfinished", "restore_newest", "save_checkpoint"]
 
@@ -108,6 +108,8 @@ def _steps(folder: Path) -> list[int]:
 def restore_newest(folder: Path, method_state: Any, *, base_fingerprint: str) -> RunCheckpoint | None:
     """Restores the newest checkpoint that is whole; damaged ones are reported and passed over.
 
+    Of several processes the first one decides which that is, as only it sees for certain all that it wrote.
+
     Args:
         folder: where the run's checkpoints lie.
         method_state: a state of the structure, shapes and dtypes to restore.
@@ -117,15 +119,23 @@ def restore_newest(folder: Path, method_state: Any, *, base_fingerprint: str) ->
         The checkpoint, or None where there is none.
 
     Raises:
-        InputError: there are checkpoints, and none can be used.
+        InputError: there are checkpoints, and none can be used; or another process cannot read the chosen one.
     """
+    found = on_first(lambda: _newest(folder, method_state, base_fingerprint))
+    step = agreed(-1 if found is None else found.step)
+    if step < 0:
+        return None
+    return on_all(lambda: found or _restore(folder / _FOLDER.format(step), method_state, base_fingerprint))
+
+
+def _newest(folder: Path, method_state: Any, base_fingerprint: str) -> RunCheckpoint | None:
     problems = []
     for step in _steps(folder):
         try:
             return _restore(folder / _FOLDER.format(step), method_state, base_fingerprint)
         except InputError as error:
             problems.append(str(error))
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=4)
     if problems:
         raise InputError(f"no checkpoint in {folder} can be used; the newest: {problems[0]}")
     return None

@@ -15,7 +15,7 @@ import jax
 from jaxsparse.common.errors import InputError
 from jaxsparse.train.config import ClusterConfig
 
-__all__ = ["join", "watched"]
+__all__ = ["join", "leave", "watched"]
 
 
 LOST = 3
@@ -27,10 +27,11 @@ _LOST = (
 
 # What errors say whose cause is another process; all others are one's own, such as too little memory.
 _OF_ANOTHER = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|NCCL|coordination|heartbeat|broken pipe|peer"
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|NCCL|coordination|heartbeat|broken pipe"
     r"|connection (closed|reset|refused)",
     re.IGNORECASE,
 )
+_SECONDS_UNTIL_SENT_AGAIN = 5.0
 
 
 def join(config: ClusterConfig) -> None:
@@ -66,6 +67,12 @@ def join(config: ClusterConfig) -> None:
         ) from error
 
 
+def leave() -> None:
+    """Waits until all processes end; where they know that they do. The others need the first one until then."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
 def watched(work: Callable[[], int]) -> int:
     """Runs the work of one of several processes in a child, and says in a line if the others have gone.
 
@@ -87,11 +94,14 @@ def watched(work: Callable[[], int]) -> int:
     os.close(read)  # the other end stays open for as long as this process lives
     _pass_on_signals(child)
     _, status = os.waitpid(child, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     if os.WTERMSIG(status) == signal.SIGABRT:
         print(_LOST, file=sys.stderr)
         return LOST
+    if os.WTERMSIG(status) == signal.SIGTERM:
+        print("jaxsparse: ended by SIGTERM while no step was running; go on with --resume", file=sys.stderr)
     return 128 + os.WTERMSIG(status)
 
 
@@ -118,13 +128,19 @@ def _work_and_exit(work: Callable[[], int], parent: int) -> NoReturn:
 
 
 def _pass_on_signals(child: int) -> None:
-    """Has SIGTERM and SIGINT end the child in good order; JAX listens to SIGTERM."""
+    """Has SIGTERM and SIGINT end the child in good order; JAX listens to SIGTERM.
+
+    It looks for one once a second and tells nobody after the last step, so one that comes shortly before would be lost:
+    it is sent again.
+    """
     interrupted = False
 
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
-        os.kill(child, signal.SIGKILL if interrupted else signal.SIGTERM)
-        interrupted = number == signal.SIGINT
+        os.kill(child, signal.SIGKILL if interrupted and number == signal.SIGINT else signal.SIGTERM)
+        interrupted = interrupted or number == signal.SIGINT
+        if number != signal.SIGALRM:
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_UNTIL_SENT_AGAIN)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, receive)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse import deltas
 from jaxsparse.common.files import atomic_write_text
-from jaxsparse.common.hosts import agreed, gathered, is_first, on_first, wait_for_all
+from jaxsparse.common.hosts import agreed, gathered, on_all, on_first
 from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
@@ -45,8 +45,8 @@ def finetune(config: FinetuneConfig) -> Report | None:
         InputError: something in the configuration, the data or the model does not work.
     """
     rows = config.rows
-    train_rows = load_rows(rows.data)
-    eval_rows = load_rows(rows.eval_data) if rows.eval_data is not None else []
+    train_rows = on_all(lambda: load_rows(rows.data))
+    eval_rows = on_all(lambda: load_rows(rows.eval_data) if rows.eval_data is not None else [])
     on_first(lambda: check_run_folder(config))
     return carry_out(prepare(config, train_rows, eval_rows))
 
@@ -80,15 +80,15 @@ def carry_out(job: Job) -> Report | None:
     tuned, method_progress = job.tuner.params(state), state.method.progress
     after = _measured(job, "after", tuned)
     state, tuned = gathered((state, tuned))
-    if not is_first():
-        wait_for_all("the end")
-        return None
-    delta = _save_delta(job, state, tuned)
-    report = _report(job, before, after, count_slots(job.method, tuned), method_progress, totals, delta)
-    text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
-    atomic_write_text(config.run.out / "report.json", text + "\n")
-    wait_for_all("the end")
-    return report
+    slots = count_slots(job.method, tuned)
+
+    def finish() -> Report:
+        report = _report(job, before, after, slots, method_progress, totals, _save_delta(job, state, tuned))
+        text = json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False)
+        atomic_write_text(config.run.out / "report.json", text + "\n")
+        return report
+
+    return on_first(finish)
 
 
 def _measured(job: Job, when: str, params: Any) -> Measurement | None:
@@ -105,10 +105,9 @@ def _measured(job: Job, when: str, params: Any) -> Measurement | None:
         {"instruction": row.instruction, "input": row.input, "answer": row.answer, "prediction": prediction}
         for row, prediction in zip(rows, measured.predictions, strict=True)
     ]
-    if not is_first():
-        return measured
     found = {"loss": finite_or_none(measured.loss), "exact_match": measured.exact_match, "rows": written}
-    atomic_write_text(file, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    on_first(lambda: atomic_write_text(file, text + "\n"))
     return measured
 
 

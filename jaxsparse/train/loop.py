@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import deltas
 from jaxsparse.common.errors import Stopped
-from jaxsparse.common.hosts import agreed, gathered, is_first, placed, to_host, wait_for_all
+from jaxsparse.common.hosts import agreed, gathered, is_first, on_first, placed, to_host, wait_for_all
 from jaxsparse.common.paths import flatten_with_paths
 from jaxsparse.common.progress import progress
 from jaxsparse.engine.fused import FusedTuner
@@ -99,18 +99,18 @@ def train(
         for step in range(start + 1, steps + 1):
             batch = next(data)
             reporter.step(step, batch, partial(take, batch))
-            stop = requests.at(step)
+            stop = requests.at(step) or (requests.at(step + 1) if step == steps else None)
             if stop or (step < steps and _due(run, step, last_save)):
                 reporter.flush()
                 moved, method = gathered((dict(_at(state.params, moving)), state.method))
-                if is_first():
-                    saver.save(step, moved, method, data.get_state(), vars(totals))
+                on_first(partial(saver.save, step, moved, method, data.get_state(), vars(totals)))
                 last_save = time.monotonic()
                 reporter.restart()
             if stop:  # after the last step too: to measure takes time that a signal does not leave
-                saver.wait()
+                on_first(saver.wait)
                 raise Stopped(stop, step)
         reporter.flush()
+        on_first(saver.wait)
     return state, totals
 
 
@@ -137,4 +137,4 @@ def _due(run: RunConfig, step: int, last_save: float) -> bool:
         return True
     if run.checkpoint_minutes is None or (jax.process_count() > 1 and step % _STEPS_BETWEEN_CLOCKS):
         return False
-    return agreed(time.monotonic() - last_save >= 60 * run.checkpoint_minutes)
+    return bool(agreed(time.monotonic() - last_save >= 60 * run.checkpoint_minutes))

@@ -5,11 +5,16 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from jaxsparse.common.errors import Stopped
+
 __all__ = ["StopRequests"]
 
 
 class StopRequests:
     """Takes SIGTERM and the first SIGINT while it is entered; a second SIGINT ends the program at once.
+
+    Afterwards signals end the program at once again: what then goes on, measuring and saving the result, may take
+    minutes, and is done again by a run that resumes.
 
     Args:
         of_all: several processes work together: JAX then takes SIGTERM, and has all of them end after one step.
@@ -47,6 +52,9 @@ class StopRequests:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._of_all and threading.current_thread() is threading.main_thread():
+            # JAX would go on to take SIGTERM, and nobody asks it any more. Where all end by one, one is enough.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if isinstance(error, Stopped) else signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:

@@ -1,6 +1,7 @@
 """Two processes with two devices each: the run of one process with four, and what happens if one of them is lost."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +24,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(model: Path, problems: dict[str, Path], out: Path, count: int, *flags: str) -> list[subprocess.Popen[str]]:
-    """Starts so many processes, which have four virtual devices together."""
+def start(model: Path, problems: dict[str, Path], out: Path, count: int, *flags: str, outs: list[Path] | None = None):
+    """Starts so many processes, which have four virtual devices together; each may have a folder of its own."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
     command = [sys.executable, "-m", "jaxsparse.cli.main", "finetune", "--mesh", "data=2,tensor=2", *flags]
     command += arguments(model, problems, out, **OPTIONS, **{"eval-data": problems["held_out"]})
     address = f"localhost:{free_port()}"
     each = [["--coordinator", address, "--processes", str(count), "--process", str(n)] for n in range(count)]
+    each = [[*own, "--out", str(folder)] for own, folder in zip(each, outs or [out] * count, strict=True)]
     each = [[*own, "--heartbeat-seconds", "5"] for own in each] if count > 1 else [[]]
     pipe = subprocess.PIPE
     return [subprocess.Popen([*command, *own], env=environment, stderr=pipe, stdout=pipe, text=True) for own in each]
@@ -136,9 +138,26 @@ def test_asked_to_end_one_process_has_all_save_and_end(number, tiny_model, probl
     assert not (out / "report.json").exists()
     if number == signal.SIGINT:  # resumed as after the other
         return
-    ended = finish(start(tiny_model, problems, out, 2, "--resume"))
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    other = tmp_path / "other"  # what the second process sees: a later checkpoint than the first
+    shutil.copytree(out, other)
+    shutil.rmtree(newest)
+    ended = finish(start(tiny_model, problems, out, 2, "--resume", outs=[out, other]))
     assert [status for status, _, _ in ended] == [0, 0], ended
     np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_where_one_cannot_read_the_checkpoint_all_say_so(tiny_model, problems, tmp_path, alone):
+    other = tmp_path / "other"
+    shutil.copytree(alone, other)
+    for run in (other / "checkpoints").glob("step_*/run.json"):
+        run.unlink()
+    first, second = finish(start(tiny_model, problems, alone, 2, "--resume", outs=[alone, other]))
+    assert (first[0], second[0]) == (2, 2), (first, second)
+    assert "process 1: " in first[2]
+    for _, _, complained in (first, second):
+        assert "run.json is missing or damaged" in complained
+        assert "Traceback" not in complained
 
 
 def test_what_the_first_process_complains_of_all_say_and_end(tiny_model, problems, tmp_path, alone):
