@@ -10,9 +10,15 @@ __all__ = ["EXPERIMENTS", "chosen"]
 _NAMES = (
     "gasdu/tasks",
     "gasdu/retention",
+    "gasdu/pl",
     "gasdu/refresh_interval",
     "gasdu/cost",
     "gasdu/budget",
+    "neuroada/tasks",
+    "neuroada/mask_based",
+    "neuroada/cost",
+    "neuroada/neurons",
+    "neuroada/selection",
     "beyond_lora/tasks",
     "beyond_lora/generalisation",
     "beyond_lora/intruders",
@@ -26,6 +32,7 @@ _NAMES = (
     "s2ft/efficiency",
     "s2ft/serving",
     "s2ft/fusion",
+    "gallop/transfer",
 )
 
 

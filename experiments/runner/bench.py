@@ -16,7 +16,7 @@ __all__ = ["Bench", "median_of"]
 
 _COMMON = (
     *("max_length", "max_new_tokens", "train_on", "optimizer", "schedule", "warmup_steps", "clip", "weight_decay"),
-    *("targets", "dtype", "engine"),
+    *("targets", "dtype", "engine", "train_from"),
 )
 _OF_A_TRIAL = {*_COMMON, "lr", "batch", "steps", "epochs"}
 

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.runner.bench import Bench, median_of
 from experiments.runner.figures import panels
 
-__all__ = ["Verdict", "bars", "compared", "good", "scores"]
+__all__ = ["Rows", "Verdict", "bars", "compared", "good", "scores"]
 
 Rows = Sequence[dict[str, Any]]
 Value = str | Callable[[dict[str, Any]], Any]
@@ -114,9 +114,18 @@ def scores(bench: Bench, rows: Rows) -> list[dict[str, Any]]:
     return table
 
 
-def bars(bench: Bench, rows: Rows, value: Value, title: str, unit: str, name: str = "bars") -> None:
+def bars(
+    bench: Bench,
+    rows: Rows,
+    value: Value,
+    title: str,
+    unit: str,
+    name: str = "bars",
+    *,
+    tasks: Sequence[str] | None = None,
+) -> None:
     """Adds a picture: a panel a task, a bar a method, from the least to the greatest over seeds as a whisker."""
-    tasks = [task for task in bench.settings.tasks if good(rows, task=task)]
+    tasks = [task for task in (bench.settings.tasks if tasks is None else tasks) if good(rows, task=task)]
     if not tasks:
         bench.report.failure(f"the picture {name} has no data: no trial went well")
         return

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from jaxsparse.common.errors import InputError
+from jaxsparse.evaluate.suites import TrainFrom
 
 __all__ = ["SCALES", "Scale", "Settings", "load_settings"]
 
@@ -34,6 +35,7 @@ class Settings:
         train_rows: so many of the first training rows; None: all.
         dev_rows: so many of the first rows that stage one is judged on.
         test_rows: so many of the first test rows.
+        train_from: a task's "own" training rows, or those of its whole "suite", see `load_task`.
         max_length: longest row in tokens.
         max_new_tokens: longest generated answer in tokens.
         train_on: the field that the model learns to write.
@@ -62,6 +64,7 @@ class Settings:
     train_rows: int | None = None
     dev_rows: int | None = None
     test_rows: int | None = None
+    train_from: TrainFrom = "own"
     max_length: int = 512
     max_new_tokens: int = 24
     train_on: Literal["answer", "output"] = "answer"

@@ -124,7 +124,7 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
         InputError: something in the trial, the data or the model does not work.
     """
     start = time.monotonic()
-    task = _task(data_root, trial.task)
+    task = _task(data_root, trial.task, train_from=trial.common["train_from"])
     parts = _parts(task)
     rows = parts[trial.measured_on][: trial.measured_rows]
     config = config_of(trial, folder, data_root)

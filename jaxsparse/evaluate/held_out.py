@@ -34,12 +34,14 @@ class Measurement:
         exact_match: share of rows whose generated answer is right, from 0 to 1.
         rows: number of rows measured.
         predictions: what the model wrote, one text a row.
+        right: whether that is right, a row each; nothing where it was not looked at.
     """
 
     loss: float
     exact_match: float
     rows: int
     predictions: tuple[str, ...]
+    right: tuple[bool, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -159,8 +161,10 @@ def measure(
         loss_sum, tokens = loss_sum + float(aux["loss_sum"]), tokens + float(aux["tokens"])
         advance(int(np.sum(np.max(part.segments, axis=1) > 0)))
     predictions = _generate_all(model, params, held_out.prompts, tokenizer, held_out.max_new_tokens, batch, advance)
-    right = sum(is_correct(text, row.answer) for text, row in zip(predictions, held_out.rows, strict=True))
-    return Measurement(loss_sum / max(tokens, 1.0), right / len(predictions), len(predictions), tuple(predictions))
+    right = [is_correct(text, row.answer) for text, row in zip(predictions, held_out.rows, strict=True)]
+    return Measurement(
+        loss_sum / max(tokens, 1.0), sum(right) / len(right), len(predictions), tuple(predictions), tuple(right)
+    )
 
 
 def _generate_all(

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.rows import Row, load_rows
 
-__all__ = ["TASKS", "Task", "TaskRows", "available_tasks", "load_task"]
+__all__ = ["TASKS", "Task", "TaskRows", "TrainFrom", "available_tasks", "load_task"]
 
 Metric = Literal["number", "option", "truth", "letter"]
 TrainFrom = Literal["own", "suite"]

@@ -1,0 +1,1 @@
+"""GaLLoP: elsewhere, forgotten, collapsed."""

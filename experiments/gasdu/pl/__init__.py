@@ -1,0 +1,1 @@
+"""GASDU, figure 3."""

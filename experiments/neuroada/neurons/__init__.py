@@ -1,0 +1,1 @@
+"""NeuroAda, figure 6."""

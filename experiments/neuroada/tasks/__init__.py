@@ -1,0 +1,1 @@
+"""NeuroAda, tables 2 and 3."""
