@@ -14,6 +14,7 @@ _NAMES = (
     "gasdu/refresh_interval",
     "gasdu/cost",
     "gasdu/budget",
+    "gasdu/code",
     "neuroada/tasks",
     "neuroada/mask_based",
     "neuroada/cost",

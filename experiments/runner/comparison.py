@@ -1,5 +1,6 @@
 """Comparisons of methods by the trials of stage two."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Verdict:
     Attributes:
         difference: median over the pairs of first minus second.
         noise: how far trials of one method and task are apart by their seed alone: the median over methods and tasks
-            of half the distance from the least to the greatest.
+            of half the distance from the least to the greatest; nan where one seed is all there is.
         pairs: how many there are.
         said: the same in words.
     """
@@ -35,23 +36,23 @@ class Verdict:
 
     @property
     def within(self) -> bool | None:
-        """Whether the difference is no larger than the noise; None without pairs."""
-        return abs(self.difference) <= self.noise if self.pairs else None
+        """Whether the difference is no larger than the noise; None where that is not known."""
+        return None if math.isnan(self.noise) else abs(self.difference) <= self.noise
 
     @property
     def not_higher(self) -> bool | None:
-        """Whether the first is lower, or higher by no more than the noise; None without pairs."""
-        return self.difference <= self.noise if self.pairs else None
+        """Whether the first is lower, or higher by no more than the noise; None where that is not known."""
+        return None if math.isnan(self.noise) else self.difference <= self.noise
 
     @property
     def lower(self) -> bool | None:
-        """Whether the first is lower by more than the noise; None without pairs."""
-        return self.difference < -self.noise if self.pairs else None
+        """Whether the first is lower by more than the noise; None where that is not known."""
+        return None if math.isnan(self.noise) else self.difference < -self.noise
 
     @property
     def higher(self) -> bool | None:
-        """Whether the first is higher by more than the noise; None without pairs."""
-        return self.difference > self.noise if self.pairs else None
+        """Whether the first is higher by more than the noise; None where that is not known."""
+        return None if math.isnan(self.noise) else self.difference > self.noise
 
 
 def good(rows: Rows, **wanted: Any) -> list[dict[str, Any]]:
@@ -85,12 +86,10 @@ def compared(rows: Rows, first: str, second: str, value: Value = "loss", *, unit
     for label in (first, second):
         for task in dict.fromkeys(task for task, _ in pairs):
             own = [found[label, task, seed] for its, seed in pairs if its == task]
-            spreads.append((max(own) - min(own)) / 2)
-    difference, noise = statistics.median(differences), statistics.median(spreads)
-    said = (
-        f"{first} − {second}: median {difference:+.4g} {unit} over {len(pairs)} pairs of task and seed, "
-        f"seeds alone ±{noise:.2g}"
-    )
+            spreads += [(max(own) - min(own)) / 2] if len(own) > 1 else []
+    difference, noise = statistics.median(differences), statistics.median(spreads) if spreads else math.nan
+    alone = f"seeds alone ±{noise:.2g}" if spreads else "one seed, so that nobody knows what seeds do"
+    said = f"{first} − {second}: median {difference:+.4g} {unit} over {len(pairs)} pairs of task and seed, {alone}"
     return Verdict(difference, noise, len(pairs), said)
 
 

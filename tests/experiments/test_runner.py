@@ -129,6 +129,7 @@ def test_methods_are_compared_pair_by_pair_against_what_seeds_do():
     assert verdict.difference == pytest.approx(-10)
     assert verdict.noise == pytest.approx(np.ptp(seeds) / 2)
     assert (verdict.lower, verdict.within, verdict.higher, verdict.not_higher) == (True, False, False, True)
+    assert compared([*rows_of("a", seeds[:1] - 10), *rows_of("b", seeds[:1])], "a", "b").lower is None  # one seed
     failed = {"label": "a", "task": "t", "seed": 9, "error": "diverged"}
     assert compared([failed, *rows_of("b", seeds)], "a", "b").lower is None
 
