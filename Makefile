@@ -37,7 +37,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard,third-party]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,torch,tensorboard,third-party,notebook]'
 	$(BIN)/python -m pip install --quiet --no-deps gemma-llm==1.0.0
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda \
 	    $$($(BIN)/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")') \
