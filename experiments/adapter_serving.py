@@ -25,6 +25,7 @@ import jaxsparse as js
 from experiments.tables import show
 from experiments.timing import in_turns
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.fingerprints import tensor_checksum
@@ -297,4 +298,4 @@ def _table(part: str, rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.adapter_serving", lambda: main(sys.argv[1:])))

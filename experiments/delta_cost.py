@@ -23,6 +23,7 @@ from experiments.tables import show
 from experiments.timing import in_turns
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.fingerprints import tensor_checksum
 from jaxsparse.common.progress import progress
@@ -192,4 +193,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.delta_cost", lambda: main(sys.argv[1:])))

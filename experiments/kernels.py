@@ -25,6 +25,7 @@ from experiments.shapes import PROJECTIONS, Projection
 from experiments.tables import show
 from experiments.timing import in_turns
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
@@ -187,4 +188,4 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.kernels", lambda: main(sys.argv[1:])))

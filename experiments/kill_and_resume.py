@@ -20,6 +20,7 @@ import tyro
 from experiments.tiny import make_tiny_model
 from jaxsparse import deltas
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.arithmetic import generate_problems
@@ -199,4 +200,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.kill_and_resume", lambda: main(sys.argv[1:])))

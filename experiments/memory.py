@@ -18,6 +18,7 @@ import jaxsparse as js
 from experiments.baselines import Floor, FullAdamW
 from experiments.tables import show
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch
@@ -136,4 +137,4 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.memory", lambda: main(sys.argv[1:])))

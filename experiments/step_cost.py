@@ -25,6 +25,7 @@ from experiments.baselines import Floor, FullAdamW
 from experiments.tables import show
 from experiments.timing import median_and_spread
 from jaxsparse.cli.arguments import parse
+from jaxsparse.cli.errors import reported
 from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch
@@ -222,4 +223,4 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(reported("experiments.step_cost", lambda: main(sys.argv[1:])))
