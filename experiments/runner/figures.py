@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = ["band", "panels", "save_picture"]
 
@@ -69,7 +70,19 @@ def save_picture(figure: Figure, file: Path) -> None:
         named = [label for label in panel.get_legend_handles_labels()[1] if not label.startswith("_")]
         if len(named) > 1 and panel.get_legend() is None and not figure.legends:
             raise ValueError(f"{file.name}: several lines and no legend")
+        _name_powers(panel)
     figure.savefig(file, format="png")
+
+
+def _name_powers(panel: Axes) -> None:
+    """Writes 1, 2, 5, 10 … at logarithmic axes of few powers of ten, where the usual names of ticks overlap."""
+    for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        if axis.get_scale() == "log" and high < 500 * low:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}")
+            )
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _finite_data(panel: Axes) -> bool:

@@ -47,7 +47,8 @@ def run(bench: Bench) -> None:
     for other in (label for label in bench.labels if label != "gallop"):
         _findings(bench, lines, other)
     rates = ", ".join(f"{label} {rate:.0%}" for label, rate in collapsed.items())
-    least = None if "gallop" not in collapsed else collapsed["gallop"] <= min(collapsed.values())
+    differ = "gallop" in collapsed and len(set(collapsed.values())) > 1
+    least = collapsed["gallop"] <= min(collapsed.values()) if differ else None
     claim = "GaLLoP collapses no more often than the others"
     bench.report.finding(claim, least, f"{rates} of {len(bench.seeds)} seeds a task")
     bench.report.text(
@@ -172,14 +173,22 @@ def _draw(bench: Bench, lines: Rows) -> None:
 
 
 def _findings(bench: Bench, lines: Rows, other: str) -> None:
-    for value in ("in", "out", "forgot"):
-        verdict = compared(lines, "gallop", other, value, unit="points")
-        said = _VALUES[value][1]
-        if value == "forgot":
-            bench.report.finding(f"GaLLoP forgets no more than {other} ({said})", verdict.not_higher, verdict.said)
-        else:
-            seen = None if verdict.lower is None else not verdict.lower
-            bench.report.finding(f"GaLLoP is no worse than {other} ({said})", seen, verdict.said)
+    claims = {
+        "in": f"GaLLoP is no worse than {other} on the tuned task (accuracy)",
+        "out": f"GaLLoP is no worse than {other} on other tasks (accuracy)",
+        "forgot": f"GaLLoP forgets no more of the base's right answers than {other}",
+        "text": f"GaLLoP forgets no more of general text than {other} (perplexity)",
+    }
+    for value, claim in claims.items():
+        verdict = compared(lines, "gallop", other, value, unit="of perplexity" if value == "text" else "points")
+        seen = verdict.not_higher if value in ("forgot", "text") else _not(verdict.lower)
+        # Where all runs of both end the same, say with everything forgotten, there is nothing to compare.
+        ends = {line[value] for line in lines if line["label"] in ("gallop", other)}
+        bench.report.finding(claim, seen if len(ends) > 1 else None, verdict.said)
+
+
+def _not(seen: bool | None) -> bool | None:
+    return None if seen is None else not seen
 
 
 EXPERIMENT = Experiment(
