@@ -140,7 +140,8 @@ def bars(
         low, high = float((middles - whiskers[0]).min()), float((middles + whiskers[1]).max())
         room = high - low or 1.0
         # Differences between methods are small against the values: the axis begins below the least.
-        panel.set(title=task, xlabel="method", ylabel=unit, ylim=(low - 0.5 * room, high + 0.1 * room))
+        floor = low - 0.5 * room if low < 0 else max(0.0, low - 0.5 * room)
+        panel.set(title=task, xlabel="method", ylabel=unit, ylim=(floor, high + 0.1 * room))
         names = ("median", "least", "greatest")
         data += [
             {"task": task, "method": label, **dict(zip(names, each, strict=True))} for label, each in found.items()

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = ["band", "panels", "save_picture"]
+__all__ = ["band", "panels", "save_picture", "shared_legend"]
 
 
 def panels(columns: int = 1, rows: int = 1, *, title: str, size: tuple[float, float] = (6.0, 4.2)) -> tuple:
@@ -48,6 +48,12 @@ def band(panel: Axes, x: Sequence[float], of_seeds: Sequence[Sequence[float]], l
         )
 
 
+def shared_legend(figure: Figure, panel: Axes) -> None:
+    """Puts a panel's legend under all panels, where it hides nothing; theirs must be the same."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
 def save_picture(figure: Figure, file: Path) -> None:
     """Saves a figure as PNG, once it is sure that one can read it.
 
@@ -77,7 +83,7 @@ def save_picture(figure: Figure, file: Path) -> None:
 def _name_powers(panel: Axes) -> None:
     """Writes 1, 2, 5, 10 … at logarithmic axes of few powers of ten, where the usual names of ticks overlap."""
     for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
-        if axis.get_scale() == "log" and high < 500 * low:
+        if isinstance(axis.get_major_locator(), LogLocator) and high < 500 * low:
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.set_major_formatter(
                 FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}")

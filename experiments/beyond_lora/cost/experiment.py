@@ -9,7 +9,7 @@ import optax
 import jaxsparse as js
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import panels
+from experiments.runner.figures import panels, shared_legend
 from experiments.step_cost import Case, Row, batch, measure
 from jaxsparse.methods.registry import constructor_of
 from jaxsparse.models.checkpoints import load_config
@@ -119,7 +119,7 @@ def _draw(bench: Bench, tables: dict[str, list[dict[str, Any]]]) -> None:
             panel.bar(places, [line[value] for line in table], 0.38, yerr=spread, capsize=2, label=layers)
         panel.set_xticks(np.arange(len(bench.labels)) + 0.2, bench.labels, rotation=45)
         panel.set(title=value, xlabel="method", ylabel=name)
-        panel.legend()
+    shared_legend(figure, drawn[0, 0])
     bench.report.picture(
         "steps", figure, data, "Time (median; whiskers: half the distance between quartiles) and memory"
     )

@@ -86,8 +86,9 @@ def _against_bounds(bench: Bench, rows: list[dict[str, Any]]) -> None:
     bounds, gaps = (np.array([line[name] for line in table]) for name in ("bound, σ = 1", "gap"))
     figure, drawn = panels(title=f"Generalisation gap on {task} and the bound's first term", size=(7.0, 4.5))
     panel = drawn[0, 0]
-    for line in table:
-        panel.plot(line["bound, σ = 1"], line["gap"], "o", label=line["method"])
+    for at, line in enumerate(table):
+        marker = "o" if at < 10 else "s"  # there are ten colours
+        panel.plot(line["bound, σ = 1"], line["gap"], marker, label=line["method"])
     panel.set(xlabel="bound on G(ΔW) by table 1, σ = 1, log scale", ylabel="test loss − training loss", xscale="log")
     panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     bench.report.picture("bounds", figure, table, "Measured gap against the first term of table 1's bounds")

@@ -10,7 +10,7 @@ import jaxsparse as js
 from experiments.baselines import FullAdamW, MaskedAdamW
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import panels
+from experiments.runner.figures import panels, shared_legend
 from experiments.step_cost import Case, Row, batch, measure
 from jaxsparse.methods.registry import constructor_of
 from jaxsparse.models.checkpoints import load_config
@@ -84,7 +84,7 @@ def _draw(bench: Bench, table: list[dict[str, Any]]) -> None:
             panel.bar([at + width * place for at in range(len(own))], own, width, label=label)
         panel.set_xticks([at + 0.4 - 0.4 / len(bench.labels) for at in range(len(models))], models)
         panel.set(xlabel="model", ylabel=value, title=value)
-        panel.legend()
+    shared_legend(figure, drawn[0, 0])
     bench.report.picture("steps_picture", figure, table, "Memory and speed of training steps by model")
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxsparse as js
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import panels
+from experiments.runner.figures import panels, shared_legend
 from experiments.runner.training import config_of
 from experiments.step_cost import Case, Row, batch, measure
 from jaxsparse.engine.description import count_slots
@@ -84,7 +84,7 @@ def _picture(bench: Bench, table: list[dict[str, Any]]) -> None:
         shapes = list(dict.fromkeys(line["rows x tokens"] for line in table))
         panel.set_xticks([at + 0.4 - 0.4 / len(bench.labels) for at in range(len(shapes))], shapes)
         panel.set(xlabel="rows x tokens of a batch", ylabel=value, title=value)
-        panel.legend()
+    shared_legend(figure, drawn[0, 0])
     caption = "Time and memory of steps; whiskers: half the distance between quartiles"
     bench.report.picture("steps_picture", figure, table, caption)
 
