@@ -32,6 +32,8 @@ def run(
 ) -> Any:
     """Calls the implementation of an op that was asked for, or the one that is best where the program runs.
 
+    A GPU older than Ampere, such as Colab's T4, for which Triton compiles nothing, takes plain XLA.
+
     Derivatives are those of plain XLA. What the kernels take beside arrays is bound by `partial`, but for `interpret`,
     which is set where neither a GPU nor a TPU is: "pallas" works everywhere, slowly.
 
@@ -56,7 +58,7 @@ def run(
     if implementation == "xla" or reason:
         return xla(*arguments)
     routes = {}
-    if gpu is not None:
+    if gpu is not None and not _is_older_gpu():
         routes["cuda"] = _with_slopes_of(xla, _traced_once(gpu, interpret=False))
     if tpu is not None:
         routes["tpu"] = _with_slopes_of(xla, _traced_once(tpu, interpret=False))
@@ -65,6 +67,13 @@ def run(
         assert gpu is not None
         default = _with_slopes_of(xla, _traced_once(gpu, interpret=True))
     return jax.lax.platform_dependent(*arguments, **routes, default=default)
+
+
+@cache
+def _is_older_gpu() -> bool:
+    """Whether the GPU of this process is one that Triton refuses."""
+    capabilities = [getattr(device, "compute_capability", None) for device in jax.local_devices()]
+    return any(float(capability) < 8 for capability in capabilities if capability is not None)
 
 
 def _traced_once(kernel: Callable[..., Any], interpret: bool) -> Callable[..., Any]:
