@@ -89,9 +89,10 @@ def _adaptive(bench: Bench, rows: list[dict[str, Any]], retained: Any, refreshes
         return
     nearest = min(fixed, key=lambda label: abs(np.log(fixed[label] / own[0])))
     verdict = compared(rows, "adaptive", nearest, retained, unit="of retention")
+    as_often = max(own[0], fixed[nearest]) <= 1.5 * min(own[0], fixed[nearest])
     bench.report.finding(
         f"an adaptive period keeps no less than {nearest}, which picks supports about as often",
-        None if verdict.lower is None else not verdict.lower,
+        None if verdict.lower is None or not as_often else not verdict.lower,
         f"{own[0]:g} against {fixed[nearest]:g} supports; {verdict.said}",
     )
 
