@@ -76,6 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "jaxsparse")}
     store = TrialStore(out, config.data_root, versions | {"device": jax.devices()[0].device_kind})
     failed = 0
+    # One that has none of the chosen methods is left out.
+    experiments = [each for each in experiments if settings[each.name].methods or not config.methods]
     for experiment in experiments:
         report = _run(config, experiment, settings[experiment.name], store)
         failed += len(report.failures)
@@ -111,6 +113,8 @@ def _run(config: RunConfig, experiment: Experiment, settings: Settings, store: T
     folder = store.folder / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     store.used.clear()
+    for old in (*folder.glob("*.png"), *folder.glob("*.csv")):  # a report links what this call made
+        old.unlink()
     report = Report(folder, f"{experiment.shows}: {experiment.name}, {config.scale} scale", experiment.question)
     console = Console(stderr=True, soft_wrap=True)
 

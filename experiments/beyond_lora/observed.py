@@ -21,9 +21,8 @@ _LEADING = 10
 
 
 def trained_rows(tuned: Tuned) -> list[Row]:
-    """The first rows of those that a model was trained on; of a task without dev rows, every tenth was kept back."""
-    kept = [row for at, row in enumerate(tuned.task.train) if tuned.task.dev or at % 10]
-    return kept[:_ROWS]
+    """The first rows of those that a model was trained on."""
+    return tuned.trained[:_ROWS]
 
 
 def row_losses(tuned: Tuned, rows: list[Row]) -> np.ndarray:
@@ -36,6 +35,7 @@ def row_losses(tuned: Tuned, rows: list[Row]) -> np.ndarray:
         max_length=told.max_length,
         max_new_tokens=told.max_new_tokens,
         template=told.template,
+        train_on=told.train_on,
         too_long="drop",
     )
     loss_of = jax.jit(tuned.model.loss)

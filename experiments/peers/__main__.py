@@ -44,7 +44,8 @@ class PeersConfig:
 
     Both have the same weights in float32, batches, learning rate and AdamW, and start from the same factors or mask, so
     that losses must agree: exits with 1 where they do not. GASDU, which PEFT does not have, runs beside PEFT's LoRA.
-    Memory is that of a process for each side.
+    Memory is that of a process for each side. GASDU's refreshes, one step in `refresh_every`, are not among the timed
+    steps unless steps reach them: `experiments.step_cost` times them.
 
     Example: python -m experiments.peers --model smollm2-135m --steps 15 --batch 4 --max-length 128 --out runs/peers
     """

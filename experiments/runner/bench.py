@@ -108,15 +108,19 @@ class Bench:
         metrics = read_metrics(self.store.folder_of(row["key"]))
         return [float("nan") if line.get(name) is None else line[name] for line in metrics]
 
+    def grid(self, label: str) -> list[dict[str, Any]]:
+        """Returns the learning rates and batches that stage one tries for a method, as changes of its trials."""
+        options = self.settings.methods[label] or {}
+        rates = _all(options.get("lr", self.settings.lr))
+        batches = _all(options.get("batch", self.settings.batch))
+        return [{"lr": float(rate), "batch": int(batch)} for rate in rates for batch in batches]
+
     def tuned(self, label: str, task: str) -> dict[str, Any]:
         """Stage one: the learning rate and batch that do best on the dev rows after a short run (GASDU, section 5).
 
         By exact match, then by loss. A grid of one point is not searched.
         """
-        options = self.settings.methods[label]
-        rates = _all(options.get("lr", self.settings.lr))
-        batches = _all(options.get("batch", self.settings.batch))
-        points = [{"lr": float(rate), "batch": int(batch)} for rate in rates for batch in batches]
+        points = self.grid(label)
         if len(points) == 1:
             return points[0]
         steps, epochs = self.settings.search_steps, self.settings.search_epochs

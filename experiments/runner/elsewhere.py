@@ -11,7 +11,7 @@ from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.evaluate.held_out import encode_held_out, measure
 from jaxsparse.evaluate.multiple_choice import measure_choices
-from jaxsparse.evaluate.suites import load_task
+from jaxsparse.evaluate.suites import load_task, question_of
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.train.config import DataConfig
 
@@ -48,17 +48,18 @@ def measure_tasks(
         For every task `loss`, `exact_match` of generated answers, `right`: whether each is, `rows`, and for multiple
         choice `likelihood`: accuracy of the likeliest label, and `chance`.
     """
-    asked = {_question(row) for row in trained}
+    asked = {question_of(row) for row in trained}
     found: dict[str, dict[str, Any]] = {}
     for name in tasks:
         task = load_task(data_root, name)
         held_out = encode_held_out(
             model,
             tokenizer,
-            [row for row in task.test if _question(row) not in asked][:rows],
+            [row for row in task.test if question_of(row) not in asked][:rows],
             max_length=told.max_length,
             max_new_tokens=told.max_new_tokens,
             template=told.template,
+            train_on=told.train_on,
             too_long="drop",
         )
         measured = measure(model, params, tokenizer, held_out)
@@ -85,13 +86,9 @@ def on_other_tasks(tasks: Sequence[str], *, rows: int | None) -> Observe:
             data_root=tuned.data_root,
             tasks=tasks,
             rows=rows,
-            trained=tuned.task.train,
+            trained=tuned.trained,
         )
 
     # The name is part of a trial's key: trials that measured other tasks are others.
     other_tasks.__name__ = f"on_other_tasks {json.dumps([list(tasks), rows])}"
     return other_tasks
-
-
-def _question(row: Row) -> str:
-    return " ".join(f"{row.instruction}\n{row.input}".split())

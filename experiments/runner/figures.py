@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import Collection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -94,7 +95,15 @@ def _name_powers(panel: Axes) -> None:
 def _finite_data(panel: Axes) -> bool:
     """Whether a line, bar, point, surface or picture of a panel has finite values."""
     lines = any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in panel.lines)
-    return bool(lines or panel.images or panel.collections or any(math.isfinite(p.get_height()) for p in _bars(panel)))
+    bars = any(math.isfinite(bar.get_height()) for bar in _bars(panel))
+    return bool(lines or bars or panel.images or any(_shows(each) for each in panel.collections))
+
+
+def _shows(collection: Collection) -> bool:
+    """Whether points, if it is of points, lie anywhere; bands, contours and surfaces do."""
+    if not isinstance(collection, PathCollection):
+        return True
+    return bool(np.isfinite(np.asarray(np.ma.filled(collection.get_offsets(), np.nan), float)).all(axis=-1).any())
 
 
 def _bars(panel: Axes) -> list:

@@ -9,11 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxsparse.data.rows import Row
 from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.tuner import TunerState
 from jaxsparse.evaluate.held_out import Measurement, encode_held_out, measure
-from jaxsparse.evaluate.suites import TaskRows, load_task
+from jaxsparse.evaluate.suites import TaskRows, TrainFrom, load_task, question_of
 from jaxsparse.methods.registry import options_class
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
@@ -25,7 +27,7 @@ from jaxsparse.train.prepare import Job, prepare
 if TYPE_CHECKING:
     from experiments.runner.trials import Trial
 
-__all__ = ["Tuned", "config_of", "read_metrics", "tune"]
+__all__ = ["Tuned", "config_of", "parts_of", "read_metrics", "tune"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Tuned:
         state: the last state.
         params: the tuned parameters.
         task: the rows of the task.
+        trained: those that were trained on.
         measured: on the trial's dev or test rows.
         metrics: a mapping for every step: loss, retention, …
         result: what the trial's line holds.
@@ -47,6 +50,7 @@ class Tuned:
     state: TunerState
     params: Any
     task: TaskRows
+    trained: list[Row]
     measured: Measurement
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
@@ -71,6 +75,7 @@ class Tuned:
             max_length=told.max_length,
             max_new_tokens=told.max_new_tokens,
             template=told.template,
+            train_on=told.train_on,
             too_long=told.too_long,
         )
         return measure(self.model, self.params if params is None else params, self.job.tokenizer, held_out)
@@ -125,11 +130,12 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
     """
     start = time.monotonic()
     task = _task(data_root, trial.task, train_from=trial.common["train_from"])
-    parts = _parts(task)
+    parts = parts_of(task, trial.common["train_from"])
     rows = parts[trial.measured_on][: trial.measured_rows]
     config = config_of(trial, folder, data_root)
     folder.mkdir(parents=True, exist_ok=True)
-    job = prepare(config, parts["train"][: trial.rows], rows)
+    trained = parts["train"][: trial.rows]
+    job = prepare(config, trained, rows)
     slots = count_slots(job.method, job.base.params)
     rate = learning_rate(config.inner, job.steps)
     state, totals = train(
@@ -160,14 +166,26 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
         "skipped": totals.skipped,
         "seconds": round(time.monotonic() - start, 2),
     }
-    return Tuned(job, state, params, task, measured, metrics, result, data_root)
+    return Tuned(job, state, params, task, trained, measured, metrics, result, data_root)
 
 
-def _parts(task: TaskRows) -> dict[str, list[Row]]:
-    """A task's rows; where it has no dev rows, every tenth training row is one, and not trained on."""
+def parts_of(task: TaskRows, train_from: TrainFrom = "own") -> dict[str, list[Row]]:
+    """Returns a task's train, dev and test rows as trials take them.
+
+    Where a task has no dev rows, every tenth training row is one; nothing is trained on that asks the same. Rows of a
+    suite lie task by task in their file: they are mixed, so that the first so many are of all tasks.
+
+    Args:
+        task: the task.
+        train_from: whose training rows they are, see `load_task`.
+    """
     train, dev = list(task.train), list(task.dev)
+    if train_from == "suite":
+        train = [train[at] for at in np.random.default_rng(0).permutation(len(train))]
     if not dev:
-        train, dev = [row for at, row in enumerate(train) if at % 10], train[::10]
+        dev = train[::10]
+        asked = {question_of(row) for row in dev}
+        train = [row for row in train if question_of(row) not in asked]
     return {"train": train, "dev": dev, "test": list(task.test)}
 
 

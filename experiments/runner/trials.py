@@ -3,14 +3,19 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from experiments.runner.training import Tuned, tune
 from jaxsparse.common.errors import InputError, Stopped
+from jaxsparse.common.files import atomic_write_text
 from jaxsparse.common.numbers import finite_or_none
+from jaxsparse.evaluate.suites import TrainFrom, load_task
+from jaxsparse.models.checkpoints import load
 
 __all__ = ["Observe", "Trial", "TrialStore"]
 
@@ -20,7 +25,7 @@ Observe = Callable[[Tuned], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """All that a training run depends on.
+    """What a training run depends on; of the base and the rows their names.
 
     Attributes:
         model: where the model lies.
@@ -69,7 +74,8 @@ class TrialStore:
     Args:
         folder: where `trials.jsonl` and a folder for every trial's metrics lie.
         data_root: where the data lie.
-        versions: of the packages that a trial depends on; a trial of other versions is run again.
+        versions: of the packages that a trial depends on; a trial of other versions, of other rows or of another base
+            of the same name is run again.
 
     Attributes:
         folder: the same.
@@ -83,6 +89,7 @@ class TrialStore:
         self._file = folder / "trials.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._known = {row["key"]: row for row in self._read() if row["versions"] == versions and "error" not in row}
+        self._made_of = cache(partial(_fingerprint, data_root))
         self.used: list[dict[str, Any]] = []
 
     def _read(self) -> Iterable[dict[str, Any]]:
@@ -98,9 +105,14 @@ class TrialStore:
         """Where a trial's metrics lie, by its key."""
         return self.folder / "trials" / key
 
+    def made_of(self, trial: Trial) -> str:
+        """A fingerprint of what a trial's key only names: the rows of its task, and the base; "" where they are not."""
+        return self._made_of(trial.model, trial.common["dtype"], trial.task, trial.common["train_from"])
+
     def knows(self, trial: Trial) -> bool:
         """Whether a trial is done."""
-        return trial.key in self._known
+        row = self._known.get(trial.key)
+        return row is not None and row.get("made_of") == self.made_of(trial)
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -113,8 +125,10 @@ class TrialStore:
         What goes wrong in a trial stands in its line under `error`, and the others go on.
         """
         row = self._known.get(trial.key)
-        if row is None:
-            row = {"key": trial.key, "versions": self.versions, **asdict(trial), **self._result(trial, observe)}
+        if row is None or not self.knows(trial):
+            about = {"versions": self.versions, "made_of": self.made_of(trial)}
+            _begin(self.folder_of(trial.key), about)
+            row = {"key": trial.key, **about, **asdict(trial), **self._result(trial, observe)}
             with self._file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(row, allow_nan=False, default=str) + "\n")
             if "error" not in row:
@@ -125,13 +139,39 @@ class TrialStore:
     def _result(self, trial: Trial, observe: Observe | None) -> dict[str, Any]:
         try:
             tuned = tune(trial, self.folder_of(trial.key), self._data_root)
-            found = tuned.result | ({"observed_values": observe(tuned)} if observe else {})
+            if not math.isfinite(tuned.result["loss"]):
+                return {"error": f"diverged: the loss is {tuned.result['loss']} with lr={trial.lr}", "loss": None}
+            return _for_json(tuned.result | ({"observed_values": observe(tuned)} if observe else {}))
         except (InputError, FileNotFoundError) as error:
             return {"error": " ".join(str(error).split())}
         except Stopped:
             raise
         except Exception as error:  # one trial's crash must not cost the others
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-        if not math.isfinite(found["loss"]):
-            return {"error": f"diverged: the loss is {found['loss']} with lr={trial.lr}", "loss": None}
-        return {name: finite_or_none(value) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def _for_json(value: Any) -> Any:
+    """The value with None for numbers that are not finite, wherever they are."""
+    if isinstance(value, dict):
+        return {name: _for_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(each) for each in value]
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
+def _fingerprint(data_root: Path, model: str, dtype: str, task: str, train_from: TrainFrom) -> str:
+    try:
+        rows, base = load_task(data_root, task, train_from=train_from), load(model, dtype=dtype)
+    except (InputError, FileNotFoundError):  # running it will say so
+        return ""
+    text = repr((rows.train, rows.dev, rows.test, base.fingerprint))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Empties a trial's folder of what another base, other rows or other versions left: a run would go on from it."""
+    file = folder / "about.json"
+    if folder.exists() and (not file.exists() or json.loads(file.read_text(encoding="utf-8")) != about):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps(about) + "\n")

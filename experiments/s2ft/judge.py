@@ -3,6 +3,7 @@
 from typing import Any
 
 from experiments.runner.bench import Bench
+from experiments.runner.training import parts_of
 from jaxsparse.common.errors import InputError
 from jaxsparse.evaluate.held_out import HeldOut, Measurement, encode_held_out, measure
 from jaxsparse.evaluate.suites import load_task
@@ -43,15 +44,15 @@ class Judge:
         return measure(self._model, params, self._tokenizer, self._encoded[task, part])
 
     def _rows(self, task: str, part: str) -> HeldOut:
-        told, rows = self._bench.settings, load_task(self._bench.data_root, task)
-        # Trials leave out every tenth training row of a task that has no dev rows.
-        dev = rows.dev or rows.train[::10]
-        chosen = rows.test[: told.test_rows] if part == "test" else dev[: told.dev_rows]
+        told = self._bench.settings
+        rows = parts_of(load_task(self._bench.data_root, task, train_from=told.train_from), told.train_from)
+        chosen = rows["test"][: told.test_rows] if part == "test" else rows["dev"][: told.dev_rows]
         return encode_held_out(
             self._model,
             self._tokenizer,
-            list(chosen),
+            chosen,
             max_length=told.max_length,
             max_new_tokens=told.max_new_tokens,
+            train_on=told.train_on,
             too_long="drop",
         )

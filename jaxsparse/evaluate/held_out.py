@@ -13,7 +13,7 @@ import numpy as np
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.batches import evaluation_batches
 from jaxsparse.data.examples import Example, encode_prompt, encode_rows
-from jaxsparse.data.prompts import Template
+from jaxsparse.data.prompts import Template, TrainOn
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.evaluate.answers import is_correct
@@ -79,6 +79,7 @@ def encode_held_out(
     max_length: int = 512,
     max_new_tokens: int = 24,
     template: Template = "auto",
+    train_on: TrainOn = "answer",
     too_long: Literal["error", "drop"] = "error",
 ) -> HeldOut:
     """Turns rows into what `measure` takes.
@@ -90,6 +91,8 @@ def encode_held_out(
         max_length: longest prompt and answer together, in tokens; never more than the model's positions.
         max_new_tokens: longest generated answer, in tokens.
         template: how a row becomes a prompt.
+        train_on: the field whose loss is measured: the one that the model learns to write. Exact match is always that
+            of `answer`.
         too_long: stop at a row whose answer leaves no room for a prompt, or drop such rows and warn once.
 
     Returns:
@@ -106,8 +109,8 @@ def encode_held_out(
         )
     max_length = min(max_length, positions)
     if too_long == "drop":
-        rows = _fitting(rows, tokenizer, template, max_length)
-    examples = encode_rows(rows, tokenizer, template, max_length)
+        rows = _fitting(rows, tokenizer, template, max_length, train_on)
+    examples = encode_rows(rows, tokenizer, template, max_length, train_on=train_on)
     room = min(max_length, positions - max_new_tokens)
     prompts = [
         example.prompt_ids
@@ -118,9 +121,11 @@ def encode_held_out(
     return HeldOut(tuple(rows), tuple(examples), tuple(prompts), max_length, max_new_tokens)
 
 
-def _fitting(rows: Sequence[Row], tokenizer: Tokenizer, template: Template, max_length: int) -> list[Row]:
+def _fitting(
+    rows: Sequence[Row], tokenizer: Tokenizer, template: Template, max_length: int, train_on: TrainOn
+) -> list[Row]:
     """The rows whose answers leave room for a prompt."""
-    whole = encode_rows(rows, tokenizer, template, sys.maxsize)
+    whole = encode_rows(rows, tokenizer, template, sys.maxsize, train_on=train_on)
     kept = [row for row, example in zip(rows, whole, strict=True) if len(example.answer_ids) < max_length]
     if not kept:
         raise InputError(f"no held-out row fits in max_length={max_length}")

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.rows import Row, load_rows
 
-__all__ = ["TASKS", "Task", "TaskRows", "TrainFrom", "available_tasks", "load_task"]
+__all__ = ["TASKS", "Task", "TaskRows", "TrainFrom", "available_tasks", "load_task", "question_of"]
 
 Metric = Literal["number", "option", "truth", "letter"]
 TrainFrom = Literal["own", "suite"]
@@ -138,7 +138,7 @@ def load_task(data_root: str | Path, name: str, *, train_from: TrainFrom = "own"
         raise InputError(f"task {name!r}: no {task.test}.json under data_root={root}; {_what_is_there(root)}")
     train = load_rows(_train_file(root, task, train_from))
     dev_file = _file(root, task.dev)
-    asked = {_question(row) for row in train}
+    asked = {question_of(row) for row in train}
     dev, dev_given_away = _apart(load_rows(dev_file) if dev_file else [], asked)
     test, test_given_away = _apart(load_rows(test_file), asked)
     if not test:
@@ -182,11 +182,12 @@ def _file(root: Path, place: str) -> Path | None:
     return next((file for suffix in _SUFFIXES if (file := root / (place + suffix)).is_file()), None)
 
 
-def _question(row: Row) -> str:
+def question_of(row: Row) -> str:
+    """Returns what a row asks, but for space: rows of which that is the same are the same question."""
     return " ".join(f"{row.instruction}\n{row.input}".split())
 
 
 def _apart(rows: Sequence[Row], asked: set[str]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Rows whose questions are not among those asked, and rows whose questions are."""
-    kept = tuple(row for row in rows if _question(row) not in asked)
-    return kept, tuple(row for row in rows if _question(row) in asked)
+    kept = tuple(row for row in rows if question_of(row) not in asked)
+    return kept, tuple(row for row in rows if question_of(row) in asked)

@@ -97,7 +97,9 @@ def prepare(config: FinetuneConfig, train_rows: Sequence[Row], eval_rows: Sequen
     count_slots(method, base.params)  # complains about targets and budgets
     if eval_rows:
         measured = eval_rows[: rows.eval_rows]
-        held_out = encode_held_out(model, tokenizer, measured, max_new_tokens=rows.max_new_tokens, **options)
+        held_out = encode_held_out(
+            model, tokenizer, measured, max_new_tokens=rows.max_new_tokens, train_on=rows.train_on, **options
+        )
     batching = {"seed": run.seed, **_batching(rows)}
     tuner, engine, notice = choose_engine(
         config.engine,

@@ -67,7 +67,7 @@ def test_the_likeliest_option_is_chosen(model, scored):
 
 def test_what_cannot_be_chosen_is_said(model):
     functions, params, tokenizer = model
-    with pytest.raises(InputError, match="must name its options.*right answer '7'"):
+    with pytest.raises(InputError, match=r"must name its options.*right answer '7'"):
         measure_choices(functions, params, tokenizer, [Row("What is 3 + 4?", "", "", "7")])
     with pytest.raises(InputError, match="there are no rows"):
         measure_choices(functions, params, tokenizer, [])

@@ -13,8 +13,11 @@ from experiments.run import main
 from experiments.runner.comparison import compared
 from experiments.runner.figures import band, panels, save_picture
 from experiments.runner.settings import SCALES, load_settings
+from experiments.runner.training import parts_of
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.arithmetic import generate_problems
+from jaxsparse.data.rows import Row
+from jaxsparse.evaluate.suites import TASKS, TaskRows, question_of
 from jaxsparse.methods.registry import METHODS
 
 
@@ -86,6 +89,15 @@ def test_trials_are_kept_and_reproduced_and_a_missing_task_costs_only_itself(
     assert [(row["key"], row["loss"]) for row in others if "error" not in row] == [
         (row["key"], row["loss"]) for row in good[:1]
     ]
+    # Other rows under the same name are another trial.
+    file = data_root / "numglue/type1/train.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, _, changed = run(tmp_path / "two", "M=50")
+    good_ones = [row for row in changed if "error" not in row]
+    assert good_ones[0]["key"] == good_ones[1]["key"]
+    assert good_ones[0]["made_of"] != good_ones[1]["made_of"]
     report = (folder / "gasdu/refresh_interval/report.md").read_text()
     for part in ("at this scale: periodic refresh beats a fixed mask", "## What failed", "The paper printed: table 3"):
         assert part in report
@@ -142,9 +154,26 @@ def test_pictures_that_say_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="an axis has no label"):
         save_picture(figure, tmp_path / "p.png")
     drawn[0, 0].set(xlabel="step", ylabel="nats")
+    nothing, only = panels(title="Points")
+    only[0, 0].scatter([0.0, 1.0], [np.nan, np.nan])
+    only[0, 0].set(xlabel="step", ylabel="nats")
+    with pytest.raises(ValueError, match="shows no data"):
+        save_picture(nothing, tmp_path / "p.png")
     band(drawn[0, 0], [0, 1, 2], [[1.0, 1.0, 2.0]], "b")
     with pytest.raises(ValueError, match="several lines and no legend"):
         save_picture(figure, tmp_path / "p.png")
     drawn[0, 0].legend()
     save_picture(figure, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_dev_rows_are_not_trained_on_and_suites_are_mixed(rng):
+    asked = [Row(f"question {number}", "", "", "1") for number in rng.integers(0, 60, 200)]
+    task = TaskRows(TASKS["math/gsm8k"], tuple(asked), (), (Row("another", "", "", "1"),), ())
+    for train_from in ("own", "suite"):
+        parts = parts_of(task, train_from)
+        assert not {question_of(row) for row in parts["train"]} & {question_of(row) for row in parts["dev"]}
+        assert len(parts["dev"]) == 20
+        assert {question_of(row) for row in parts["train"] + parts["dev"]} == {question_of(row) for row in asked}
+    assert parts["dev"] != asked[::10]
+    assert parts_of(task, "suite") == parts

@@ -1,5 +1,6 @@
 """GASDU, table 4: tokens a second and memory of a step, and what picking the support costs by density."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ def run(bench: Bench) -> None:
     settings = bench.settings
     model = LanguageModel(load_config(settings.model))
     densities = settings.more["densities"]
-    cases = [Case(label, "fused", None, "plain", _tuner(model, label, options)) for label, options in _methods(bench)]
+    cases = [
+        Case(label, "fused", None, step, _tuner(model, label, options, step))
+        for label, options in settings.methods.items()
+        for step in (("plain", "refresh") if options.get("method", label) == "gasdu" else ("plain",))
+    ]
     for density in densities:
         for step, period in (("plain", 10**6), ("refresh", 1)):
             gasdu = js.gasdu(optax.adam(1e-4), density=density, refresh_every=period)
@@ -37,23 +42,33 @@ def run(bench: Bench) -> None:
     _density_table(bench, {(row.density, row.step): row for row in rows if row.name == "by density"}, densities)
 
 
-def _methods(bench: Bench) -> list[tuple[str, dict[str, Any]]]:
-    return list(bench.settings.methods.items())
-
-
 def _fused(model: LanguageModel, method: Any) -> Any:
     return lambda: js.fuse(model.loss, method, has_aux=True)
 
 
-def _tuner(model: LanguageModel, label: str, options: dict[str, Any]) -> Any:
+def _tuner(model: LanguageModel, label: str, options: dict[str, Any], step: str) -> Any:
     told = {name: value for name, value in options.items() if name not in ("method", "lr", "batch")}
     if options.get("method", label) == "gasdu":
-        told |= {"refresh_every": 10**6}  # the refreshing step is timed by itself
+        told |= {"refresh_every": 1 if step == "refresh" else 10**6}
     return _fused(model, constructor_of(options.get("method", label))(optax.adam(1e-4), **told))
 
 
+def _amortised(rows: list[Row]) -> list[Row]:
+    """A row a method; where it picks supports at one step of M, the time is that of M steps / M."""
+    found = {row.name: row for row in rows if row.step == "plain"}
+    for row in rows:
+        if row.step == "refresh":
+            plain = found[row.name]
+            seconds = plain.median_s + (row.median_s - plain.median_s) / _PERIOD
+            peak = max(plain.peak_bytes, row.peak_bytes)
+            found[row.name] = dataclasses.replace(plain, median_s=seconds, peak_bytes=peak)
+    return list(found.values())
+
+
 def _methods_table(bench: Bench, rows: list[Row], tokens: int) -> None:
-    full = next((row.median_s for row in rows if row.name == "full"), float("nan"))
+    plain = {row.name: row for row in rows if row.step == "plain"}
+    found = {row.name: row for row in _amortised(rows)}
+    full = found["full"].median_s if "full" in found else float("nan")
     table = [
         {
             "method": row.name,
@@ -64,21 +79,21 @@ def _methods_table(bench: Bench, rows: list[Row], tokens: int) -> None:
             "peak memory, MB": row.peak_bytes / 1e6,
             "state, MB": row.state_bytes / 1e6,
         }
-        for row in rows
+        for row in found.values()
     ]
-    bench.report.table("methods", table, "Training steps, interleaved in one process; steps that pick no support")
-    found = {row.name: row for row in rows}
+    caption = f"Training steps, interleaved in one process; GASDU's with one refresh in M = {_PERIOD}"
+    bench.report.table("methods", table, caption)
     if "gasdu" in found and "fixed mask" in found:
-        ratio = found["gasdu"].median_s / found["fixed mask"].median_s
+        ratio = plain["gasdu"].median_s / plain["fixed mask"].median_s
         said = f"plain steps take {ratio:.3f} of a fixed mask's"
         bench.report.finding("between refreshes GASDU costs what a fixed mask does", 0.9 < ratio < 1.1, said)
     if "gasdu" in found and "full" in found:
-        ratio = found["full"].median_s / found["gasdu"].median_s
-        memory = 1 - found["gasdu"].peak_bytes / found["full"].peak_bytes
+        ours, theirs = found["gasdu"], found["full"]
+        ratio, memory = theirs.median_s / ours.median_s, 1 - ours.peak_bytes / theirs.peak_bytes
+        faster = ours.median_s + ours.spread_s < theirs.median_s - theirs.spread_s
         said = f"{ratio:.2f} times as fast, {memory:.0%} less memory; the paper's 10.64 and 70 % are against offloading"
-        bench.report.finding(
-            "GASDU is faster than full fine-tuning and takes less memory", ratio > 1 and memory > 0, said
-        )
+        claim = "GASDU is faster than full fine-tuning and takes less memory"
+        bench.report.finding(claim, faster and memory > 0, said)
     bench.report.printed(EXPERIMENT.folder / "paper_a.csv", "table 4a, LLaMA-2-7B on two H100s, rows of 768 tokens")
 
 
@@ -119,7 +134,10 @@ def _density_table(bench: Bench, rows: dict[tuple[float | None, str], Row], dens
     blocks, bases = [line["refresh block, ms"] for line in table], [line["base block, ms"] for line in table]
     grown, spread = blocks[-1] / blocks[0], densities[-1] / densities[0]
     said = f"{blocks[0]:.3g} to {blocks[-1]:.3g} ms ({grown:.2f} times) over {spread:g} times the density"
-    bench.report.finding("the refresh block is nearly flat in density (less than twice)", grown < 2, said)
+    known = all(line["refresh block, ms"] > line["spread, ms"] for line in table)
+    said += "" if known else "; not above what steps spread by themselves"
+    claim = "the refresh block is nearly flat in density (less than twice)"
+    bench.report.finding(claim, grown < 2 if known else None, said)
     grown = bases[-1] / bases[0]
     said = f"{bases[0]:.3g} to {bases[-1]:.3g} ms ({grown:.2f} times); the paper's grows 42 times over 1,000 times"
     bench.report.finding("the base block stays bounded (less than four times)", grown < 4, said)

@@ -111,6 +111,8 @@ def _draw(bench: Bench, found: dict[tuple[str, int], Trajectory], fits: dict[tup
             panel.title.set_fontsize("small")
             if panel.lines:
                 panel.legend(fontsize="small")
+            else:
+                panel.remove()
     bench.report.picture(
         "pl", figure, data, "A point a step, lines fitted; the condition is tight where the slope is 1"
     )
@@ -128,7 +130,7 @@ def _finding(bench: Bench, fits: list[PLFit], where: str) -> None:
         f"slope {slope:.2f}, interval {low:.2f} to {high:.2f}, r² {np.median([fit.explained for fit in fits]):.2f}, "
         f"medians of {len(fits)} seeds"
     )
-    seen = None if low <= 0 and high >= 1 else 0 < low and low <= 1 <= high
+    seen = None if low <= 0 and high >= 1 else low > 0 and low <= 1 <= high
     bench.report.finding(f"log ‖g‖² grows with log (f − f*) with a slope near one ({where})", seen, said)
 
 
