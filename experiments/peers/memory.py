@@ -25,7 +25,7 @@ class Memory:
     """Resident memory of a process that trains.
 
     Attributes:
-        peak_bytes: the most while it trained; while it loaded the model it may have been more.
+        peak_bytes: the most while it trained; where the kernel cannot begin to count anew, while it loaded too.
         library_bytes: of the packages alone, before there was a model.
     """
 
