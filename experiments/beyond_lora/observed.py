@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.runner.training import Tuned
@@ -10,6 +9,7 @@ from jaxsparse.analysis import generalisation_gap, intruder_dimensions
 from jaxsparse.analysis.intruders import Intruders
 from jaxsparse.data.batches import evaluation_batches
 from jaxsparse.data.rows import Row
+from jaxsparse.evaluate.compiled import batch_loss
 from jaxsparse.evaluate.held_out import encode_held_out
 
 __all__ = ["gap_and_intruders", "row_losses", "trained_rows"]
@@ -38,10 +38,9 @@ def row_losses(tuned: Tuned, rows: list[Row]) -> np.ndarray:
         train_on=told.train_on,
         too_long="drop",
     )
-    loss_of = jax.jit(tuned.model.loss)
     # A row a batch: the model's loss is one number a batch.
     singles = evaluation_batches(held_out.examples, batch_size=1, max_length=held_out.max_length)
-    return np.array([float(loss_of(tuned.params, single)[0]) for single in singles])
+    return np.array([float(batch_loss(tuned.model, tuned.params, single)[0]) for single in singles])
 
 
 def gap_and_intruders(tuned: Tuned) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from jaxsparse.models.functional import LanguageModel
 __all__ = ["PRETRAINING_TASKS", "make_tiny_base"]
 
 PRETRAINING_TASKS = ("numglue/type3", "numglue/type4", "numglue/type8", "commonsense/ARC-Easy")
-"""What the model has seen before any experiment. At tiny scale one experiment fine-tunes on a part of it: neuroada/tasks, on
+"""What the model has seen before any experiment. At tiny scale one fine-tunes on a part of it: neuroada/tasks, on
 Commonsense15K, which holds ARC-Easy."""
 
 _VOCABULARY, _LENGTH, _BATCH, _RATE = 1024, 128, 16, 3e-3

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from jaxsparse.common.errors import InputError
@@ -17,6 +16,7 @@ from jaxsparse.data.prompts import Template, TrainOn
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.evaluate.answers import is_correct
+from jaxsparse.evaluate.compiled import batch_loss
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.models.generate import generate
 
@@ -159,10 +159,9 @@ def measure(
     Returns:
         The measurement.
     """
-    loss_of = jax.jit(model.loss)
     loss_sum, tokens = 0.0, 0.0
     for part in evaluation_batches(held_out.examples, batch_size=batch, max_length=held_out.max_length):
-        _, aux = loss_of(params, part)
+        _, aux = batch_loss(model, params, part)
         loss_sum, tokens = loss_sum + float(aux["loss_sum"]), tokens + float(aux["tokens"])
         advance(int(np.sum(np.max(part.segments, axis=1) > 0)))
     predictions = _generate_all(model, params, held_out.prompts, tokenizer, held_out.max_new_tokens, batch, advance)

@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxsparse.common.errors import InputError
-from jaxsparse.data.batches import Batch, evaluation_batches
+from jaxsparse.data.batches import evaluation_batches
 from jaxsparse.data.examples import Example, encode_rows
 from jaxsparse.data.prompts import Template
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.evaluate.compiled import answer_log_likelihoods
 from jaxsparse.evaluate.options import Options, completions, parse_options
 from jaxsparse.models.functional import LanguageModel
 
@@ -125,17 +124,9 @@ def _log_likelihoods(
     advance: Callable[[int], None],
 ) -> Float[np.ndarray, " examples"]:
     """The log probability of every example's answer."""
-
-    @jax.jit
-    def of_batch(params: Any, batch: Batch) -> Float[Array, " rows"]:
-        logits = model.logits(params, batch.tokens, batch.positions, batch.segments)
-        logarithms = jax.nn.log_softmax(logits)
-        of_targets = jnp.take_along_axis(logarithms, jnp.asarray(batch.targets)[..., None], axis=-1)[..., 0]
-        return jnp.sum(of_targets * batch.weights, axis=-1)
-
     found: list[float] = []
     for part in evaluation_batches(examples, batch_size=batch, max_length=max_length):
-        own = np.asarray(of_batch(params, part))[: len(examples) - len(found)]
+        own = np.asarray(answer_log_likelihoods(model, params, part))[: len(examples) - len(found)]
         found += own.tolist()
         advance(len(own))
     return np.array(found)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsparse.common.errors import InputError
 from jaxsparse.data.batches import Batch
 from jaxsparse.data.tokenizers import Tokenizer
+from jaxsparse.evaluate.compiled import batch_loss
 from jaxsparse.evaluate.held_out import Measurement
 from jaxsparse.models.functional import LanguageModel
 
@@ -67,11 +67,10 @@ def measure_text(
     weights = np.ones((count, window), np.float32)
     # Of a window that overlaps, only what the one before did not have as a target.
     weights[1:, : window - stride] = 0
-    loss_of = jax.jit(model.loss)
     loss_sum, number = 0.0, 0.0
     for start in range(0, count, batch):
         part = slice(start, start + batch)
-        _, aux = loss_of(params, _filled(tokens[part], targets[part], weights[part], batch))
+        _, aux = batch_loss(model, params, _filled(tokens[part], targets[part], weights[part], batch))
         loss_sum, number = loss_sum + float(aux["loss_sum"]), number + float(aux["tokens"])
         advance(len(tokens[part]))
     return Measurement(loss_sum / number, float("nan"), count, ())

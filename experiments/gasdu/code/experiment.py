@@ -21,6 +21,7 @@ from jaxsparse.data.examples import Example
 from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.fused import fuse
+from jaxsparse.evaluate.compiled import batch_loss
 from jaxsparse.evaluate.human_eval import Problem, load_problems, measure_human_eval
 from jaxsparse.models.checkpoints import Checkpoint, load
 from jaxsparse.models.functional import LanguageModel
@@ -103,10 +104,10 @@ def _tuned(
 def _measured(
     bench: Bench, model: LanguageModel, params: Any, tokenizer: Tokenizer, programs: _Programs
 ) -> dict[str, Any]:
-    loss_of, longest = jax.jit(model.loss), bench.settings.max_length
+    longest = bench.settings.max_length
     losses, tokens = 0.0, 0.0
     for part in evaluation_batches(programs.held_out, batch_size=8, max_length=longest):
-        _, aux = loss_of(params, part)
+        _, aux = batch_loss(model, params, part)
         losses, tokens = losses + float(aux["loss_sum"]), tokens + float(aux["tokens"])
     with progress("writing and running programs", len(programs.problems)) as advance:
         passed = measure_human_eval(
