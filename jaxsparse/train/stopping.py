@@ -55,6 +55,9 @@ class StopRequests:
         if self._of_all and threading.current_thread() is threading.main_thread():
             # JAX would go on to take SIGTERM, and nobody asks it any more. Where all end by one, one is enough.
             signal.signal(signal.SIGTERM, signal.SIG_IGN if isinstance(error, Stopped) else signal.SIG_DFL)
+        if error is None and self._before and self.received is not None:
+            # It came after the last step was asked about: nobody has acted on it.
+            signal.raise_signal(self.received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
