@@ -2,16 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from experiments.runner.bench import Bench, median_of
-from experiments.runner.figures import panels
+from experiments.runner.figures import band, panels
 
-__all__ = ["Rows", "Verdict", "bars", "compared", "good", "scores"]
+__all__ = ["Rows", "Verdict", "bars", "compared", "good", "loss_curve", "scores"]
 
 Rows = Sequence[dict[str, Any]]
 Value = str | Callable[[dict[str, Any]], Any]
@@ -111,6 +112,33 @@ def scores(bench: Bench, rows: Rows) -> list[dict[str, Any]]:
             line[f"mean, {name}"] = None if mean is None else mean * (100 if name == "%" else 1)
         table.append(line)
     return table
+
+
+def loss_curve(
+    panel: Axes, bench: Bench, rows: Rows, *, task: str, name: str, places: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Draws held-out losses along an axis as a band over seeds, and returns the data behind it, a line a trial.
+
+    Args:
+        panel: where.
+        bench: the experiment's workplace.
+        rows: lines of trials.
+        task: of which the losses are.
+        name: of the curve.
+        places: from labels to places on the axis, in order; labels without trials that went well are left out.
+    """
+    there = {label: at for label, at in places.items() if good(rows, label=label, task=task)}
+    losses = [
+        [next((row["loss"] for row in good(rows, label=label, task=task, seed=seed)), math.nan) for label in there]
+        for seed in bench.seeds
+    ]
+    if there:
+        band(panel, list(there.values()), losses, name, marker="o")
+    return [
+        {"task": task, "curve": name, "place": at, "seed": seed, "loss": loss}
+        for seed, own in zip(bench.seeds, losses, strict=True)
+        for at, loss in zip(there.values(), own, strict=True)
+    ]
 
 
 def bars(

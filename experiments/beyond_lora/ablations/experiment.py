@@ -5,9 +5,9 @@ from typing import Any
 
 from experiments.beyond_lora.observed import gap_and_intruders
 from experiments.runner.bench import Bench
-from experiments.runner.comparison import Verdict, compared, good, scores
+from experiments.runner.comparison import Verdict, compared, loss_curve, scores
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import band, panels
+from experiments.runner.figures import panels
 
 __all__ = ["EXPERIMENT"]
 
@@ -48,20 +48,8 @@ def _draw(bench: Bench, rows: list[dict[str, Any]], curves: Curves) -> None:
     for line, task in zip(drawn, tasks, strict=True):
         for panel, (varied, of_curve) in zip(line, curves.items(), strict=True):
             for name, places in of_curve.items():
-                there = {label: at for label, at in places.items() if good(rows, label=label, task=task)}
-                losses = [
-                    [
-                        next((row["loss"] for row in good(rows, label=label, task=task, seed=seed)), float("nan"))
-                        for label in there
-                    ]
-                    for seed in bench.seeds
-                ]
-                band(panel, list(there.values()), losses, name, marker="o")
-                data += [
-                    {"task": task, "varied": varied, "curve": name, "place": at, "seed": seed, "loss": loss}
-                    for seed, own in zip(bench.seeds, losses, strict=True)
-                    for at, loss in zip(there.values(), own, strict=True)
-                ]
+                curve = loss_curve(panel, bench, rows, task=task, name=name, places=places)
+                data += [{"varied": varied} | each for each in curve]
             panel.set(title=task, xlabel=varied, ylabel="held-out loss, nats a token", xscale="log")
             at = sorted({place for places in of_curve.values() for place in places.values()})
             panel.set_xticks(at, [f"{each:g}" for each in at])

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.runner.bench import Bench, median_of
-from experiments.runner.comparison import compared, good, scores
+from experiments.runner.bench import Bench
+from experiments.runner.comparison import compared, good, loss_curve, scores
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import band, panels
+from experiments.runner.figures import panels
 
 __all__ = ["EXPERIMENT"]
 
@@ -48,22 +46,11 @@ def _draw(bench: Bench, rows: list[dict[str, Any]]) -> None:
         return
     figure, drawn = panels(len(tasks), title="NeuroAda against masks of as many entries")
     data = []
+    slots = {row["label"]: float(row["slots"]) for row in good(rows)}
     for panel, task in zip(drawn[0], tasks, strict=True):
         for kind in _KINDS:
-            own = [label for label in bench.labels if _split(label)[0] == kind and good(rows, task=task, label=label)]
-            slots = [float(good(rows, task=task, label=label)[0]["slots"]) for label in own]
-            by_seed = [
-                [next((r["loss"] for r in good(rows, task=task, label=each, seed=seed)), np.nan) for each in own]
-                for seed in bench.seeds
-            ]
-            band(panel, slots, by_seed, kind, marker="o")
-            for count, label in zip(slots, own, strict=True):
-                middle = median_of(rows, "loss", task=task, label=label)
-                assert middle is not None  # there are rows
-                names = ("median", "least", "greatest")
-                data.append(
-                    {"task": task, "method": kind, "entries": int(count)} | dict(zip(names, middle, strict=True))
-                )
+            places = {label: slots[label] for label in bench.labels if _split(label)[0] == kind and label in slots}
+            data += loss_curve(panel, bench, rows, task=task, name=kind, places=places)
         panel.set(title=task, xlabel="entries that train", ylabel="held-out loss, nats a token", xscale="log")
         panel.legend()
     caption = f"Held-out loss by entries that train, median and range of {len(bench.seeds)} seeds"

@@ -3,12 +3,10 @@
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
-from experiments.runner.bench import Bench, median_of
-from experiments.runner.comparison import compared, good, scores
+from experiments.runner.bench import Bench
+from experiments.runner.comparison import compared, good, loss_curve, scores
 from experiments.runner.experiment import Experiment
-from experiments.runner.figures import band, panels
+from experiments.runner.figures import panels
 
 __all__ = ["EXPERIMENT"]
 
@@ -49,18 +47,8 @@ def _draw(bench: Bench, rows: list[dict]) -> None:
     data = []
     for panel, task in zip(drawn[0], tasks, strict=True):
         for kind, labels in _kinds(bench).items():
-            there = [label for label in labels if good(rows, task=task, label=label)]
-            shares = [100 * float(bench.settings.methods[label].get("neurons", 1.0)) for label in there]
-            by_seed = [
-                [next((r["loss"] for r in good(rows, task=task, label=each, seed=seed)), np.nan) for each in there]
-                for seed in bench.seeds
-            ]
-            band(panel, shares, by_seed, kind, marker="o")
-            for share, label in zip(shares, there, strict=True):
-                middle = median_of(rows, "loss", task=task, label=label)
-                assert middle is not None  # there are rows
-                names = ("median", "least", "greatest")
-                data.append({"task": task, "curve": kind, "neurons, %": share} | dict(zip(names, middle, strict=True)))
+            shares = {label: 100 * float(bench.settings.methods[label].get("neurons", 1.0)) for label in labels}
+            data += loss_curve(panel, bench, rows, task=task, name=kind, places=shares)
         panel.set(title=task, xlabel="neurons that train, %", ylabel="held-out loss, nats a token", xscale="log")
         panel.legend()
     caption = f"Held-out loss by share of neurons, median and range of {len(bench.seeds)} seeds"
