@@ -84,7 +84,7 @@ def save_picture(figure: Figure, file: Path) -> None:
 def _name_powers(panel: Axes) -> None:
     """Writes 1, 2, 5, 10 … at logarithmic axes of few powers of ten, where the usual names of ticks overlap."""
     for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
-        if isinstance(axis.get_major_locator(), LogLocator) and high < 500 * low:
+        if isinstance(axis.get_major_locator(), LogLocator) and high < 50 * low:
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.set_major_formatter(
                 FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}")
