@@ -22,6 +22,7 @@ from rich.table import Table
 
 import jaxsparse as js
 from experiments.baselines import Floor, FullAdamW
+from experiments.layers import LINEAR_LAYERS
 from experiments.tables import show
 from experiments.timing import median_and_spread
 from jaxsparse.cli.arguments import parse
@@ -128,12 +129,9 @@ def cases(model: LanguageModel, only: Sequence[str]) -> list[Case]:
         found.append(Case("gasdu", "fused", density, "plain", fused(plain)))
     refresh = js.gasdu(adam, density=1e-4, refresh_every=1)
     found.append(Case("gasdu", "fused", 1e-4, "refresh", fused(refresh)))
-    seven = [
-        js.Target(r"layers/self_attn/._proj/kernel", stack_axes=(0,)),
-        js.Target(r"layers/mlp/.*_proj/kernel", stack_axes=(0,)),
-    ]
     found += [
-        Case(f"neuroada k={k}", "fused", None, "plain", fused(js.neuroada(adam, k=k, targets=seven))) for k in (1, 20)
+        Case(f"neuroada k={k}", "fused", None, "plain", fused(js.neuroada(adam, k=k, targets=LINEAR_LAYERS)))
+        for k in (1, 20)
     ]
     s2ft = js.s2ft(adam, head_size=model.config.head_dim)
     found += [

@@ -4,13 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runner.training import Tuned
+from experiments.runner.training import Tuned, encode_as_told
 from jaxsparse.analysis import generalisation_gap, intruder_dimensions
 from jaxsparse.analysis.intruders import Intruders
 from jaxsparse.data.batches import evaluation_batches
 from jaxsparse.data.rows import Row
 from jaxsparse.evaluate.compiled import batch_loss
-from jaxsparse.evaluate.held_out import encode_held_out
 
 __all__ = ["gap_and_intruders", "row_losses", "trained_rows"]
 
@@ -27,17 +26,7 @@ def trained_rows(tuned: Tuned) -> list[Row]:
 
 def row_losses(tuned: Tuned, rows: list[Row]) -> np.ndarray:
     """Loss of every row's answer, in nats a token; shape (rows,)."""
-    told = tuned.job.config.rows
-    held_out = encode_held_out(
-        tuned.model,
-        tuned.job.tokenizer,
-        rows,
-        max_length=told.max_length,
-        max_new_tokens=told.max_new_tokens,
-        template=told.template,
-        train_on=told.train_on,
-        too_long="drop",
-    )
+    held_out = encode_as_told(tuned.job.config.rows, tuned.model, tuned.job.tokenizer, rows)
     # A row a batch: the model's loss is one number a batch.
     singles = evaluation_batches(held_out.examples, batch_size=1, max_length=held_out.max_length)
     return np.array([float(batch_loss(tuned.model, tuned.params, single)[0]) for single in singles])

@@ -5,13 +5,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.runner.training import Tuned
+from experiments.runner.training import Tuned, encode_as_told, task_rows
 from experiments.runner.trials import Observe
 from jaxsparse.data.rows import Row
 from jaxsparse.data.tokenizers import Tokenizer
-from jaxsparse.evaluate.held_out import encode_held_out, measure
+from jaxsparse.evaluate.held_out import measure
 from jaxsparse.evaluate.multiple_choice import measure_choices
-from jaxsparse.evaluate.suites import load_task, question_of
+from jaxsparse.evaluate.suites import question_of
 from jaxsparse.models.functional import LanguageModel
 from jaxsparse.train.config import DataConfig
 
@@ -51,17 +51,9 @@ def measure_tasks(
     asked = {question_of(row) for row in trained}
     found: dict[str, dict[str, Any]] = {}
     for name in tasks:
-        task = load_task(data_root, name)
-        held_out = encode_held_out(
-            model,
-            tokenizer,
-            [row for row in task.test if question_of(row) not in asked][:rows],
-            max_length=told.max_length,
-            max_new_tokens=told.max_new_tokens,
-            template=told.template,
-            train_on=told.train_on,
-            too_long="drop",
-        )
+        task = task_rows(data_root, name)
+        chosen = [row for row in task.test if question_of(row) not in asked][:rows]
+        held_out = encode_as_told(told, model, tokenizer, chosen)
         measured = measure(model, params, tokenizer, held_out)
         found[name] = {"loss": measured.loss, "exact_match": measured.exact_match, "rows": measured.rows}
         found[name]["right"] = list(measured.right)

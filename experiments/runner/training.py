@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsparse.data.rows import Row
+from jaxsparse.data.tokenizers import Tokenizer
 from jaxsparse.engine.description import count_slots
 from jaxsparse.engine.tuner import TunerState
-from jaxsparse.evaluate.held_out import Measurement, encode_held_out, measure
+from jaxsparse.evaluate.held_out import HeldOut, Measurement, encode_held_out, measure
 from jaxsparse.evaluate.suites import TaskRows, TrainFrom, load_task, question_of
 from jaxsparse.methods.registry import options_class
 from jaxsparse.models.checkpoints import Checkpoint, load
@@ -27,7 +29,7 @@ from jaxsparse.train.prepare import Job, prepare
 if TYPE_CHECKING:
     from experiments.runner.trials import Trial
 
-__all__ = ["Tuned", "config_of", "parts_of", "read_metrics", "tune"]
+__all__ = ["Tuned", "config_of", "encode_as_told", "parts_of", "read_metrics", "task_rows", "tune"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,7 @@ class Tuned:
 
     def measure(self, rows: list[Row], *, params: Any = None) -> Measurement:
         """Loss and exact match on other rows, of the tuned model or of other parameters."""
-        told = self.job.config.rows
-        held_out = encode_held_out(
-            self.model,
-            self.job.tokenizer,
-            rows,
-            max_length=told.max_length,
-            max_new_tokens=told.max_new_tokens,
-            template=told.template,
-            train_on=told.train_on,
-            too_long=told.too_long,
-        )
+        held_out = encode_as_told(self.job.config.rows, self.model, self.job.tokenizer, rows)
         return measure(self.model, self.params if params is None else params, self.job.tokenizer, held_out)
 
 
@@ -110,8 +102,31 @@ def config_of(trial: Trial, folder: Path, data_root: Path) -> FinetuneConfig:
     )
 
 
-# Tasks are read for trial after trial.
-_task = lru_cache(maxsize=8)(load_task)
+@lru_cache(maxsize=32)
+def task_rows(data_root: Path, name: str, train_from: TrainFrom = "own") -> TaskRows:
+    """Returns `load_task`'s rows, read once: trial after trial wants them."""
+    return load_task(data_root, name, train_from=train_from)
+
+
+def encode_as_told(told: DataConfig, model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[Row]) -> HeldOut:
+    """Returns rows as a trial's own are encoded to be measured on.
+
+    Args:
+        told: lengths, template and field of the trial.
+        model: the language model.
+        tokenizer: its tokenizer.
+        rows: the rows.
+    """
+    return encode_held_out(
+        model,
+        tokenizer,
+        rows,
+        max_length=told.max_length,
+        max_new_tokens=told.max_new_tokens,
+        template=told.template,
+        train_on=told.train_on,
+        too_long=told.too_long,
+    )
 
 
 def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
@@ -129,7 +144,7 @@ def tune(trial: Trial, folder: Path, data_root: Path) -> Tuned:
         InputError: something in the trial, the data or the model does not work.
     """
     start = time.monotonic()
-    task = _task(data_root, trial.task, train_from=trial.common["train_from"])
+    task = task_rows(data_root, trial.task, trial.common["train_from"])
     parts = parts_of(task, trial.common["train_from"])
     rows = parts[trial.measured_on][: trial.measured_rows]
     config = config_of(trial, folder, data_root)

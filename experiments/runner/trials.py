@@ -124,8 +124,9 @@ class TrialStore:
 
         What goes wrong in a trial stands in its line under `error`, and the others go on.
         """
-        row = self._known.get(trial.key)
-        if row is None or not self.knows(trial):
+        if self.knows(trial):
+            row = self._known[trial.key]
+        else:
             about = {"versions": self.versions, "made_of": self.made_of(trial)}
             _begin(self.folder_of(trial.key), about)
             row = {"key": trial.key, **about, **asdict(trial), **self._result(trial, observe)}

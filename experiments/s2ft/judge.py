@@ -3,10 +3,9 @@
 from typing import Any
 
 from experiments.runner.bench import Bench
-from experiments.runner.training import parts_of
+from experiments.runner.training import parts_of, task_rows
 from jaxsparse.common.errors import InputError
 from jaxsparse.evaluate.held_out import HeldOut, Measurement, encode_held_out, measure
-from jaxsparse.evaluate.suites import load_task
 from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
 
@@ -45,7 +44,7 @@ class Judge:
 
     def _rows(self, task: str, part: str) -> HeldOut:
         told = self._bench.settings
-        rows = parts_of(load_task(self._bench.data_root, task, train_from=told.train_from), told.train_from)
+        rows = parts_of(task_rows(self._bench.data_root, task, told.train_from), told.train_from)
         chosen = rows["test"][: told.test_rows] if part == "test" else rows["dev"][: told.dev_rows]
         return encode_held_out(
             self._model,

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 import jaxsparse as js
+from experiments.layers import LINEAR_LAYERS
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels, shared_legend
@@ -19,10 +20,7 @@ from jaxsparse.subspaces.targets import Targets
 __all__ = ["EXPERIMENT"]
 
 _LAYERS: dict[str, Targets] = {
-    "all linear layers": [
-        js.Target(r"layers/self_attn/._proj/kernel", stack_axes=(0,)),
-        js.Target(r"layers/mlp/.*_proj/kernel", stack_axes=(0,)),
-    ],
+    "all linear layers": LINEAR_LAYERS,
     "query and value": js.Target(r"layers/self_attn/(q|v)_proj/kernel", stack_axes=(0,)),
 }
 _CHAINED = ("cola", "rac_lora", "c3la", "r_c3la", "c_paca")

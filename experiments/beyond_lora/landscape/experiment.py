@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.beyond_lora.landscape.paths import LAYERS, OptimizerPath, follow
+from experiments.beyond_lora.landscape.paths import OptimizerPath, follow
+from experiments.layers import LINEAR_LAYERS
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels
@@ -74,18 +75,25 @@ def run(bench: Bench) -> None:
 def _landscape(bench: Bench, path: OptimizerPath) -> _Landscape:
     more = bench.settings.more
     steps = np.linspace(-more["reach"], more["reach"], more["points"])
-    found = path_plane(path.points, targets=LAYERS)
+    found = path_plane(path.points, targets=LINEAR_LAYERS)
     ways = {
-        "random": random_plane(path.params, jax.random.key(0), targets=LAYERS),
-        "path": filter_normalise(found.plane, path.params, targets=LAYERS),
+        "random": random_plane(path.params, jax.random.key(0), targets=LINEAR_LAYERS),
+        "path": filter_normalise(found.plane, path.params, targets=LINEAR_LAYERS),
     }
 
     def losses(plane: Plane, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return loss_grid(
-            path.model.loss, path.params, plane, first, second, batches=path.batches, targets=LAYERS, has_aux=True
+            path.model.loss,
+            path.params,
+            plane,
+            first,
+            second,
+            batches=path.batches,
+            targets=LINEAR_LAYERS,
+            has_aux=True,
         )
 
-    points = project_path(path.points, found.plane, origin=path.points[-1], targets=LAYERS)
+    points = project_path(path.points, found.plane, origin=path.points[-1], targets=LINEAR_LAYERS)
     first, second = (_axis(places, more["points"]) for places in points.T)
     surfaces = {kind: losses(plane, steps, steps) for kind, plane in ways.items()}
     contour = losses(found.plane, first, second)

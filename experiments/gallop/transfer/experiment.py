@@ -13,11 +13,10 @@ from experiments.runner.elsewhere import measure_tasks, on_other_tasks
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels
 from experiments.runner.texts import general_text
-from experiments.runner.training import Tuned, config_of
+from experiments.runner.training import Tuned, config_of, parts_of, task_rows
 from experiments.runner.trials import Observe
 from jaxsparse.common.errors import InputError
 from jaxsparse.evaluate.forgetting import collapse_rate, forget_ratio
-from jaxsparse.evaluate.suites import load_task
 from jaxsparse.evaluate.text import measure_text
 from jaxsparse.models.checkpoints import load
 from jaxsparse.models.functional import LanguageModel
@@ -84,12 +83,14 @@ def _of_base(bench: Bench, task: str) -> dict[str, Any]:
         LanguageModel(base.config),
         config_of(bench.trial(bench.labels[0], task), bench.folder, bench.data_root).rows,
     )
+    # As the trials do it: the same questions are left out.
+    trained = parts_of(task_rows(bench.data_root, task, settings.train_from), settings.train_from)["train"]
     others = measure_tasks(
         *(model, base.params, base.tokenizer, told),
         data_root=bench.data_root,
         tasks=[*settings.more["others"], task],
         rows=settings.test_rows,
-        trained=load_task(bench.data_root, task).train,
+        trained=trained[: settings.train_rows],
     )
     text = general_text(bench.data_root).held_out
     windows = settings.more["text_windows"]

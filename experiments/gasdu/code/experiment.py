@@ -113,7 +113,7 @@ def _measured(
         passed = measure_human_eval(
             *(model, params, tokenizer, programs.problems),
             max_new_tokens=bench.settings.max_new_tokens,
-            advance=lambda done: advance(done),
+            advance=advance,
         )
     return {"loss": losses / tokens, "pass@1": 100 * sum(passed.values()) / len(passed)}
 

@@ -9,13 +9,11 @@ import numpy as np
 import optax
 
 from experiments.runner.bench import Bench
-from experiments.runner.training import config_of
+from experiments.runner.training import config_of, encode_as_told, task_rows
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch, evaluation_batches
 from jaxsparse.data.rows import Row
-from jaxsparse.evaluate.held_out import encode_held_out
-from jaxsparse.evaluate.suites import load_task
 from jaxsparse.train.optimizer import inner_optimizer
 from jaxsparse.train.prepare import Job, prepare
 
@@ -51,7 +49,7 @@ def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory:
     Raises:
         InputError: the data are not there, or the loss is no longer finite.
     """
-    rows, trial = load_task(bench.data_root, task), bench.trial(label, task, seed)
+    rows, trial = task_rows(bench.data_root, task), bench.trial(label, task, seed)
     job = prepare(config_of(trial, bench.folder / "watched", bench.data_root), list(rows.train)[: trial.rows], [])
     held_out = _batch(bench, job, (rows.dev or rows.test)[: bench.settings.more["held_out_rows"]])
     fixed = _batch(bench, job, rows.train[: bench.settings.more["fixed_rows"]])
@@ -89,14 +87,5 @@ def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory:
 
 def _batch(bench: Bench, job: Job, rows: Sequence[Row]) -> Batch:
     """Rows as one batch."""
-    told = job.config.rows
-    encoded = encode_held_out(
-        job.model,
-        job.tokenizer,
-        rows,
-        max_length=told.max_length,
-        max_new_tokens=told.max_new_tokens,
-        template=told.template,
-        too_long=told.too_long,
-    )
+    encoded = encode_as_told(job.config.rows, job.model, job.tokenizer, rows)
     return next(evaluation_batches(encoded.examples, batch_size=len(encoded.rows), max_length=encoded.max_length))

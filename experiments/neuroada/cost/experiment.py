@@ -8,6 +8,7 @@ import optax
 
 import jaxsparse as js
 from experiments.baselines import FullAdamW, MaskedAdamW
+from experiments.layers import LINEAR_LAYERS
 from experiments.runner.bench import Bench
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels, shared_legend
@@ -17,12 +18,6 @@ from jaxsparse.models.checkpoints import load_config
 from jaxsparse.models.functional import LanguageModel
 
 __all__ = ["EXPERIMENT"]
-
-_LAYERS = [
-    js.Target(r"layers/self_attn/._proj/kernel", stack_axes=(0,)),
-    js.Target(r"layers/mlp/.*_proj/kernel", stack_axes=(0,)),
-]
-"""All seven linear layers of a block (section 5)."""
 
 
 def run(bench: Bench) -> None:
@@ -55,7 +50,7 @@ def _tuner(model: LanguageModel, label: str, options: dict[str, Any], inputs_of_
         return lambda: FullAdamW(model.loss)
     if label == "mask":
         return lambda: MaskedAdamW(model.loss, _is_projection, inputs_of_mask)
-    method = constructor_of(options.get("method", label))(optax.adamw(1e-4), targets=_LAYERS, **told)
+    method = constructor_of(options.get("method", label))(optax.adamw(1e-4), targets=LINEAR_LAYERS, **told)
     return lambda: js.fuse(model.loss, method, has_aux=True)
 
 

@@ -11,9 +11,8 @@ from experiments.runner.bench import Bench, median_of
 from experiments.runner.comparison import compared, good
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels
-from experiments.runner.training import Tuned
+from experiments.runner.training import Tuned, task_rows
 from experiments.s2ft.judge import Judge
-from jaxsparse.evaluate.suites import load_task
 
 __all__ = ["EXPERIMENT"]
 
@@ -44,7 +43,7 @@ def _observer(others: Mapping[str, Sequence[str]]) -> Any:
         found = {}
         for place, tasks in others.items():
             measured = [
-                tuned.measure(list(load_task(tuned.data_root, task).test[: tuned.measured.rows])) for task in tasks
+                tuned.measure(list(task_rows(tuned.data_root, task).test[: tuned.measured.rows])) for task in tasks
             ]
             found[place] = {
                 "loss": float(np.mean([each.loss for each in measured])),
