@@ -119,7 +119,8 @@ def _run(config: RunConfig, experiment: Experiment, settings: Settings, store: T
     console = Console(stderr=True, soft_wrap=True)
 
     def tell(row: dict[str, Any]) -> None:
-        said = row.get("error") or f"loss {row['loss']:.3f}, exact match {row['exact_match']:.1%}, {row['seconds']} s"
+        match = f", exact match {row['exact_match']:.1%}" if "exact_match" in row else ""
+        said = row.get("error") or f"loss {row['loss']:.3f}{match}, {row['seconds']} s"
         told = f"{experiment.name}: {row['label']} on {row['task']}, lr {row['lr']:g}, seed {row['seed']}: {said}"
         console.print(told, markup=False, highlight=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.runner.report import Report
 from experiments.runner.settings import Scale, Settings
 from experiments.runner.training import read_metrics
-from experiments.runner.trials import Observe, Trial, TrialStore
+from experiments.runner.trials import Observe, Trial, TrialStore, Work
 from jaxsparse.common.errors import InputError
 
 __all__ = ["Bench", "median_of"]
@@ -97,8 +97,20 @@ class Bench:
         """
         if observe is not None:
             trial = dataclasses.replace(trial, observed=observe.__name__)
+        return self._told(trial, observe=observe)
+
+    def run_own(self, trial: Trial, work: Work) -> dict[str, Any]:
+        """Runs a trial that the experiment trains in its own way, unless it is done, and returns its line.
+
+        Args:
+            trial: the trial; its `observed` says what the work depends on beyond the trial.
+            work: trains and measures.
+        """
+        return self._told(trial, work=work)
+
+    def _told(self, trial: Trial, **how: Any) -> dict[str, Any]:
         known = self.store.knows(trial)
-        row = self.store.run(trial, observe)
+        row = self.store.run(trial, **how)
         if not known:
             self.tell(row)
         return row

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -17,10 +18,12 @@ from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.evaluate.suites import TrainFrom, load_task
 from jaxsparse.models.checkpoints import load
 
-__all__ = ["Observe", "Trial", "TrialStore"]
+__all__ = ["Observe", "Trial", "TrialStore", "Work"]
 
 Observe = Callable[[Tuned], dict[str, Any]]
 """What an experiment wants to know of a tuned model beyond loss and exact match, as JSON can hold it."""
+Work = Callable[["Trial"], dict[str, Any]]
+"""What an experiment does in the place of tuning and measuring; it returns `loss` and what else the line shall hold."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +122,27 @@ class TrialStore:
         """The lines of the trials of this call that failed."""
         return [row for row in self.used if "error" in row]
 
-    def run(self, trial: Trial, observe: Observe | None = None) -> dict[str, Any]:
+    def run(self, trial: Trial, observe: Observe | None = None, work: Work | None = None) -> dict[str, Any]:
         """Returns a trial's line: what an earlier call found, or what training now finds.
 
         What goes wrong in a trial stands in its line under `error`, and the others go on.
+
+        Args:
+            trial: the trial.
+            observe: what else to find out about the tuned model; the line holds it under `observed_values`.
+            work: what to do instead of tuning and measuring.
         """
         if self.knows(trial):
             row = self._known[trial.key]
         else:
             about = {"versions": self.versions, "made_of": self.made_of(trial)}
             _begin(self.folder_of(trial.key), about)
-            row = {"key": trial.key, **about, **asdict(trial), **self._result(trial, observe)}
+            row = {
+                "key": trial.key,
+                **about,
+                **asdict(trial),
+                **self._result(trial, work or partial(self._tune, observe)),
+            }
             with self._file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(row, allow_nan=False, default=str) + "\n")
             if "error" not in row:
@@ -137,12 +150,19 @@ class TrialStore:
         self.used.append(row)
         return row
 
-    def _result(self, trial: Trial, observe: Observe | None) -> dict[str, Any]:
+    def _tune(self, observe: Observe | None, trial: Trial) -> dict[str, Any]:
+        tuned = tune(trial, self.folder_of(trial.key), self._data_root)
+        if observe is None or not math.isfinite(tuned.result["loss"]):
+            return tuned.result
+        return tuned.result | {"observed_values": observe(tuned)}
+
+    def _result(self, trial: Trial, work: Work) -> dict[str, Any]:
+        start = time.monotonic()
         try:
-            tuned = tune(trial, self.folder_of(trial.key), self._data_root)
-            if not math.isfinite(tuned.result["loss"]):
-                return {"error": f"diverged: the loss is {tuned.result['loss']} with lr={trial.lr}", "loss": None}
-            return _for_json(tuned.result | ({"observed_values": observe(tuned)} if observe else {}))
+            found = work(trial)
+            if not math.isfinite(found["loss"]):
+                return {"error": f"diverged: the loss is {found['loss']} with lr={trial.lr}", "loss": None}
+            return _for_json({"seconds": round(time.monotonic() - start, 2)} | found)
         except (InputError, FileNotFoundError) as error:
             return {"error": " ".join(str(error).split())}
         except Stopped:

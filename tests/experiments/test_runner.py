@@ -108,6 +108,20 @@ def test_trials_are_kept_and_reproduced_and_a_missing_task_costs_only_itself(
     assert "failed: M=50 on numglue/type2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_what_an_experiment_trains_in_its_own_way_is_kept_too(tiny_model, data_root, tmp_path, short):
+    flags = ["--data-root", str(data_root), "--model", str(tiny_model), "--out", str(tmp_path), "--seeds", "1"]
+    told = []
+    for _ in range(2):
+        assert main(["gasdu/pl", *flags]) == 1  # a task is missing
+        told.append([json.loads(line) for line in (tmp_path / "tiny/trials.jsonl").read_text().splitlines()])
+    good = [[row for row in rows if "error" not in row] for rows in told]
+    assert good[0] == good[1]
+    assert [(row["label"], row["task"], row["seed"]) for row in good[0]] == [("full", "numglue/type1", 0)]
+    assert {len(values) for values in good[0][0]["trajectory"].values()} == {5}
+    assert all("numglue/type2" in row["error"] for rows in told for row in rows if "error" in row)
+
+
 def test_what_cannot_start_is_said(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         main(["gasdu", "--data-root", str(tmp_path / "none")])

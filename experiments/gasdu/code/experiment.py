@@ -1,6 +1,6 @@
 """GASDU, table 14: programs. Which share of HumanEval's functions is written right after tuning on programs."""
 
-import math
+import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from experiments.runner.comparison import compared
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels
 from experiments.runner.training import config_of
+from experiments.runner.trials import Trial
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import batches, evaluation_batches
@@ -29,7 +30,7 @@ from jaxsparse.train.optimizer import make_method
 
 __all__ = ["EXPERIMENT"]
 
-_FILE = "HumanEval.jsonl"
+_FILE, _TASK = "HumanEval.jsonl", "HumanEval"
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,15 @@ def run(bench: Bench) -> None:
         raise InputError(f"model {base.name} has no tokenizer; add its tokenizer.json to {base.folder}")
     programs = _programs(bench, base.tokenizer)
     model = LanguageModel(base.config)
-    rows = [{"label": "base", "seed": 0, "slots": 0} | _measured(bench, model, base.params, base.tokenizer, programs)]
+    measured = _measured(bench, model, base.params, base.tokenizer, programs)
+    rows = [{"label": "base", "seed": 0, "task": _TASK, "slots": 0} | measured]
+    made_of = hashlib.sha256(repr((programs, base.fingerprint)).encode()).hexdigest()[:16]
     for label in bench.labels:
         for seed in bench.seeds:
-            row = {"label": label, "seed": seed, "task": "HumanEval"} | _tuned(
-                bench, base, model, programs, label, seed
-            )
-            if math.isfinite(row["loss"]):
-                rows.append(row)
-            else:
-                bench.report.failure(f"{label}, seed {seed}: diverged")
+            trial = bench.trial(label, _TASK, seed, observed=f"programs {made_of}")
+            row = bench.run_own(trial, lambda trial: _tuned(bench, base, model, programs, trial))
+            if "error" not in row:
+                rows.append({name: row[name] for name in rows[0]})
     _report(bench, rows, programs)
 
 
@@ -81,10 +81,7 @@ def _programs(bench: Bench, tokenizer: Tokenizer) -> _Programs:
     )
 
 
-def _tuned(
-    bench: Bench, base: Checkpoint, model: LanguageModel, programs: _Programs, label: str, seed: int
-) -> dict[str, Any]:
-    trial = bench.trial(label, "-", seed)
+def _tuned(bench: Bench, base: Checkpoint, model: LanguageModel, programs: _Programs, trial: Trial) -> dict[str, Any]:
     assert trial.steps is not None  # the settings count steps
     method = make_method(
         config_of(trial, bench.folder, bench.data_root), base.params, trial.steps, base.config.head_dim
@@ -92,8 +89,8 @@ def _tuned(
     slots = count_slots(method, base.params)
     tuner = fuse(model.loss, method, has_aux=True)
     state = tuner.init(jax.tree.map(jax.numpy.copy, base.params), donate=True)
-    data = batches(programs.training, batch_size=trial.batch, max_length=bench.settings.max_length, seed=seed)
-    with progress(f"{label}, seed {seed}", trial.steps) as advance:
+    data = batches(programs.training, batch_size=trial.batch, max_length=bench.settings.max_length, seed=trial.seed)
+    with progress(f"{trial.label}, seed {trial.seed}", trial.steps) as advance:
         for _ in range(trial.steps):
             state, metrics = tuner.step(state, next(data))
             advance(1, f"loss {float(metrics.loss):.3f}")
@@ -138,9 +135,7 @@ def _report(bench: Bench, rows: Sequence[dict[str, Any]], programs: _Programs) -
             panel.scatter([place] * len(points), points, color=f"C{place}")
         panel.set_xticks(range(len(labels)), labels)
         panel.set(xlabel="method", ylabel=unit)
-    bench.report.picture(
-        "programs_picture", figure, [dict(row) | {"task": "HumanEval"} for row in rows], "A point a seed"
-    )
+    bench.report.picture("programs_picture", figure, rows, "A point a seed")
     tuned = [row for row in rows if row["label"] != "base"]
     for other in (label for label in bench.labels if label != "gasdu"):
         verdict = compared(tuned, "gasdu", other, "pass@1", unit="points")

@@ -27,10 +27,8 @@ def run(bench: Bench) -> None:
     found: dict[tuple[str, int], Trajectory] = {}
     for task in bench.settings.tasks:
         for seed in bench.seeds:
-            try:
-                found[task, seed] = watch(bench, label, task, seed)
-            except InputError as error:
-                bench.report.failure(str(error))
+            if (trajectory := watch(bench, label, task, seed)) is not None:
+                found[task, seed] = trajectory
     fits = {
         (view, task, seed): fit
         for (task, seed), trajectory in found.items()

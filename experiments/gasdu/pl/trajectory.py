@@ -1,7 +1,8 @@
 """Full fine-tuning, watched at every step: losses and squared gradient norms."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 
 from experiments.runner.bench import Bench
 from experiments.runner.training import config_of, encode_as_told, task_rows
+from experiments.runner.trials import Trial
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import Batch, evaluation_batches
@@ -37,8 +39,8 @@ class Trajectory:
     fixed_norms: np.ndarray
 
 
-def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory:
-    """Trains all parameters by the settings with plain optax.
+def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory | None:
+    """Trains all parameters by the settings with plain optax, unless that was done before.
 
     Args:
         bench: the experiment's workplace; `more` says how many rows are watched.
@@ -46,10 +48,20 @@ def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory:
         task: the task.
         seed: of the order of the rows.
 
-    Raises:
-        InputError: the data are not there, or the loss is no longer finite.
+    Returns:
+        What was seen; None where something went wrong, which the trial's line tells.
     """
-    rows, trial = task_rows(bench.data_root, task), bench.trial(label, task, seed)
+    watched = {name: bench.settings.more[name] for name in ("held_out_rows", "fixed_rows")}
+    trial = bench.trial(label, task, seed, observed=f"watched {json.dumps(watched)}")
+    row = bench.run_own(trial, lambda trial: _watched(bench, trial))
+    if "error" in row:
+        return None
+    return Trajectory(**{name: np.array(values) for name, values in row["trajectory"].items()})
+
+
+def _watched(bench: Bench, trial: Trial) -> dict[str, Any]:
+    """Trains; returns the last held-out loss, and the trajectory as JSON holds it."""
+    rows = task_rows(bench.data_root, trial.task)
     job = prepare(config_of(trial, bench.folder / "watched", bench.data_root), list(rows.train)[: trial.rows], [])
     held_out = _batch(bench, job, (rows.dev or rows.test)[: bench.settings.more["held_out_rows"]])
     fixed = _batch(bench, job, rows.train[: bench.settings.more["fixed_rows"]])
@@ -74,15 +86,15 @@ def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory:
 
     params = job.base.params
     state, found = optimizer.init(params), []
-    with progress(f"full fine-tuning on {task}, seed {seed}", job.steps) as advance:
+    with progress(f"full fine-tuning on {trial.task}, seed {trial.seed}", job.steps) as advance:
         for number in range(job.steps):
             params, state, seen = step(params, state, next(job.data))
             found.append([float(each) for each in seen])
             advance(1, f"held-out loss {found[-1][0]:.3f}" if number % 10 == 0 else "")
     columns = np.array(found).T
     if not np.isfinite(columns).all():
-        raise InputError(f"{label} on {task}, seed {seed}: diverged with lr={trial.lr}")
-    return Trajectory(*columns)
+        raise InputError(f"diverged with lr={trial.lr}")
+    return {"loss": found[-1][0], "trajectory": asdict(Trajectory(*columns.tolist()))}
 
 
 def _batch(bench: Bench, job: Job, rows: Sequence[Row]) -> Batch:
