@@ -88,29 +88,19 @@ class Bench:
             | changes
         )
 
-    def run(self, trial: Trial, observe: Observe | None = None) -> dict[str, Any]:
+    def run(self, trial: Trial, observe: Observe | None = None, work: Work | None = None) -> dict[str, Any]:
         """Runs a trial, unless it is done, and returns its line; see `TrialStore.run`.
 
         Args:
             trial: the trial.
             observe: what else to find out about the tuned model; the line holds it under `observed_values`.
+            work: trains and measures in the experiment's own way instead; `trial.observed` then says what that depends
+                on beyond the trial.
         """
         if observe is not None:
             trial = dataclasses.replace(trial, observed=observe.__name__)
-        return self._told(trial, observe=observe)
-
-    def run_own(self, trial: Trial, work: Work) -> dict[str, Any]:
-        """Runs a trial that the experiment trains in its own way, unless it is done, and returns its line.
-
-        Args:
-            trial: the trial; its `observed` says what the work depends on beyond the trial.
-            work: trains and measures.
-        """
-        return self._told(trial, work=work)
-
-    def _told(self, trial: Trial, **how: Any) -> dict[str, Any]:
         known = self.store.knows(trial)
-        row = self.store.run(trial, **how)
+        row = self.store.run(trial, observe, work)
         if not known:
             self.tell(row)
         return row

@@ -18,7 +18,7 @@ from jaxsparse.common.numbers import finite_or_none
 from jaxsparse.evaluate.suites import TrainFrom, load_task
 from jaxsparse.models.checkpoints import load
 
-__all__ = ["Observe", "Trial", "TrialStore", "Work"]
+__all__ = ["Observe", "Trial", "TrialStore", "Work", "short_hash"]
 
 Observe = Callable[[Tuned], dict[str, Any]]
 """What an experiment wants to know of a tuned model beyond loss and exact match, as JSON can hold it."""
@@ -67,8 +67,7 @@ class Trial:
     @property
     def key(self) -> str:
         """A short name that no other trial has."""
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return short_hash(json.dumps(asdict(self), sort_keys=True, default=str))
 
 
 class TrialStore:
@@ -137,12 +136,8 @@ class TrialStore:
         else:
             about = {"versions": self.versions, "made_of": self.made_of(trial)}
             _begin(self.folder_of(trial.key), about)
-            row = {
-                "key": trial.key,
-                **about,
-                **asdict(trial),
-                **self._result(trial, work or partial(self._tune, observe)),
-            }
+            result = self._result(trial, work or partial(self._tune, observe))
+            row = {"key": trial.key, **about, **asdict(trial), **result}
             with self._file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(row, allow_nan=False, default=str) + "\n")
             if "error" not in row:
@@ -171,6 +166,11 @@ class TrialStore:
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
 
 
+def short_hash(text: str) -> str:
+    """Returns 16 hexadecimal digits that no other text has."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _for_json(value: Any) -> Any:
     """The value with None for numbers that are not finite, wherever they are."""
     if isinstance(value, dict):
@@ -185,8 +185,7 @@ def _fingerprint(data_root: Path, model: str, dtype: str, task: str, train_from:
         rows, base = load_task(data_root, task, train_from=train_from), load(model, dtype=dtype)
     except (InputError, FileNotFoundError):  # running it will say so
         return ""
-    text = repr((rows.train, rows.dev, rows.test, base.fingerprint))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_hash(repr((rows.train, rows.dev, rows.test, base.fingerprint)))
 
 
 def _begin(folder: Path, about: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """GASDU, table 14: programs. Which share of HumanEval's functions is written right after tuning on programs."""
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from experiments.runner.comparison import compared
 from experiments.runner.experiment import Experiment
 from experiments.runner.figures import panels
 from experiments.runner.training import config_of
-from experiments.runner.trials import Trial
+from experiments.runner.trials import Trial, short_hash
 from jaxsparse.common.errors import InputError
 from jaxsparse.common.progress import progress
 from jaxsparse.data.batches import batches, evaluation_batches
@@ -51,11 +50,11 @@ def run(bench: Bench) -> None:
     model = LanguageModel(base.config)
     measured = _measured(bench, model, base.params, base.tokenizer, programs)
     rows = [{"label": "base", "seed": 0, "task": _TASK, "slots": 0} | measured]
-    made_of = hashlib.sha256(repr((programs, base.fingerprint)).encode()).hexdigest()[:16]
+    made_of = short_hash(repr((programs, base.fingerprint)))
     for label in bench.labels:
         for seed in bench.seeds:
             trial = bench.trial(label, _TASK, seed, observed=f"programs {made_of}")
-            row = bench.run_own(trial, lambda trial: _tuned(bench, base, model, programs, trial))
+            row = bench.run(trial, work=lambda trial: _tuned(bench, base, model, programs, trial))
             if "error" not in row:
                 rows.append({name: row[name] for name in rows[0]})
     _report(bench, rows, programs)

@@ -53,7 +53,7 @@ def watch(bench: Bench, label: str, task: str, seed: int) -> Trajectory | None:
     """
     watched = {name: bench.settings.more[name] for name in ("held_out_rows", "fixed_rows")}
     trial = bench.trial(label, task, seed, observed=f"watched {json.dumps(watched)}")
-    row = bench.run_own(trial, lambda trial: _watched(bench, trial))
+    row = bench.run(trial, work=lambda trial: _watched(bench, trial))
     if "error" in row:
         return None
     return Trajectory(**{name: np.array(values) for name, values in row["trajectory"].items()})
